@@ -1,0 +1,158 @@
+// Row kernels of LayerNorm and RMSNorm. A row is read from memory once: its later passes find it in the cache.
+#include "../norm_rows.h"
+#include "../../math/norm.h"
+#include "vec.h"
+
+namespace fastllm::FASTLLM_ISA {
+
+namespace {
+
+template <bool kCentered, class T>
+void fwd_rows(const NormFwd& a, int64_t begin, int64_t end) {
+  const int64_t n = a.n;
+  const float* weight = a.weight;
+  const float* bias = a.bias;
+  for (int64_t row = begin; row < end; ++row) {
+    const T* x = static_cast<const T*>(a.x) + row * a.x_stride;
+    T* y = static_cast<T*>(a.y) + row * n;
+
+    // Four chains of sums hide the latency of the additions.
+    Vec acc[4] = {};
+    auto accumulate = [&](auto term) {
+      int64_t i = 0;
+      for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+        acc[0] += term(i);
+        acc[1] += term(i + kLanes);
+        acc[2] += term(i + 2 * kLanes);
+        acc[3] += term(i + 3 * kLanes);
+      }
+      for (; i + kLanes <= n; i += kLanes) {
+        acc[0] += term(i);
+      }
+      if (i < n) {
+        acc[1] += term(i, n - i);
+      }
+      const float total = sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
+      acc[0] = acc[1] = acc[2] = acc[3] = Vec{};
+      return total;
+    };
+
+    if (a.residual != nullptr) {
+      const T* residual = static_cast<const T*>(a.residual) + row * a.residual_stride;
+      T* total = static_cast<T*>(a.sum) + row * n;
+      for_each_vector(n, [&](int64_t i, auto... count) {
+        store(total + i, load(x + i, count...) + load(residual + i, count...), count...);
+      });
+      x = total;
+    }
+
+    float mean = 0.0f;
+    if constexpr (kCentered) {
+      mean = accumulate([&](int64_t i, auto... count) { return load(x + i, count...); }) / static_cast<float>(n);
+      a.mean[row] = mean;
+    }
+    // Lanes past the end must not count as (0 - mean)^2, hence the subtraction of the mean from whole vectors only.
+    const float sum_of_squares = accumulate([&](int64_t i, auto... count) {
+      Vec d = norm_center<kCentered>(load(x + i, count...), mean);
+      if constexpr (kCentered && sizeof...(count) > 0) {
+        d = first_lanes(d, count...);
+      }
+      return d * d;
+    });
+    const float rstd = norm_rstd(sum_of_squares, static_cast<float>(n), a.eps);
+    a.rstd[row] = rstd;
+
+    for_each_vector(n, [&](int64_t i, auto... count) {
+      Vec v = norm_xhat<kCentered>(load(x + i, count...), mean, rstd);
+      if (weight != nullptr) {
+        v = v * load(weight + i, count...);
+      }
+      if (bias != nullptr) {
+        v = v + load(bias + i, count...);
+      }
+      store(y + i, v, count...);
+    });
+  }
+}
+
+template <bool kCentered, class T>
+void bwd_rows(const NormBwd& a, int64_t begin, int64_t end, float* dweight, float* dbias) {
+  const int64_t n = a.n;
+  const float* weight = a.weight;
+  for (int64_t row = begin; row < end; ++row) {
+    const T* dy = static_cast<const T*>(a.dy) + row * a.dy_stride;
+    const T* x = static_cast<const T*>(a.x) + row * a.x_stride;
+    const T* dsum = static_cast<const T*>(a.dsum) + row * a.dsum_stride;
+    T* dx = static_cast<T*>(a.dx) + row * n;
+    const float mean = kCentered ? a.mean[row] : 0.0f;
+    const float rstd = a.rstd[row];
+
+    Vec sum_g = {}, sum_gx = {};
+    for_each_vector(n, [&](int64_t i, auto... count) {
+      const Vec d = load(dy + i, count...);  // zero past the end, so those lanes add nothing to any sum
+      const Vec xhat = norm_xhat<kCentered>(load(x + i, count...), mean, rstd);
+      const Vec g = weight != nullptr ? d * load(weight + i, count...) : d;
+      sum_gx += g * xhat;
+      if constexpr (kCentered) {
+        sum_g += g;
+      }
+      if (dweight != nullptr) {
+        store(dweight + i, load(dweight + i, count...) + d * xhat, count...);
+      }
+      if (dbias != nullptr) {
+        store(dbias + i, load(dbias + i, count...) + d, count...);
+      }
+    });
+    const float mean_g = sum(sum_g) / static_cast<float>(n);
+    const float mean_gx = sum(sum_gx) / static_cast<float>(n);
+
+    for_each_vector(n, [&](int64_t i, auto... count) {
+      const Vec d = load(dy + i, count...);
+      const Vec xhat = norm_xhat<kCentered>(load(x + i, count...), mean, rstd);
+      const Vec g = weight != nullptr ? d * load(weight + i, count...) : d;
+      Vec out = norm_dx<kCentered>(g, xhat, mean_g, mean_gx, rstd);
+      if (a.dsum != nullptr) {
+        out = out + load(dsum + i, count...);
+      }
+      store(dx + i, out, count...);
+    });
+  }
+}
+
+template <bool kCentered>
+void fwd_typed(const NormFwd& a, int64_t begin, int64_t end) {
+  switch (a.dtype) {
+    case DType::kFloat:
+      return fwd_rows<kCentered, float>(a, begin, end);
+    case DType::kBFloat16:
+      return fwd_rows<kCentered, BFloat16>(a, begin, end);
+    case DType::kHalf:
+      return fwd_rows<kCentered, Half>(a, begin, end);
+  }
+}
+
+template <bool kCentered>
+void bwd_typed(const NormBwd& a, int64_t begin, int64_t end, float* dweight, float* dbias) {
+  switch (a.dtype) {
+    case DType::kFloat:
+      return bwd_rows<kCentered, float>(a, begin, end, dweight, dbias);
+    case DType::kBFloat16:
+      return bwd_rows<kCentered, BFloat16>(a, begin, end, dweight, dbias);
+    case DType::kHalf:
+      return bwd_rows<kCentered, Half>(a, begin, end, dweight, dbias);
+  }
+}
+
+void fwd(const NormFwd& a, int64_t begin, int64_t end) {
+  a.centered ? fwd_typed<true>(a, begin, end) : fwd_typed<false>(a, begin, end);
+}
+
+void bwd(const NormBwd& a, int64_t begin, int64_t end, float* dweight, float* dbias) {
+  a.centered ? bwd_typed<true>(a, begin, end, dweight, dbias) : bwd_typed<false>(a, begin, end, dweight, dbias);
+}
+
+}  // namespace
+
+const NormRows norm_rows = {fwd, bwd};
+
+}  // namespace fastllm::FASTLLM_ISA

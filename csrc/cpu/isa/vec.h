@@ -1,0 +1,168 @@
+// A SIMD vector of floats and its loads and stores, for the instruction set this file is compiled for.
+//
+// Everything in csrc/cpu/isa is compiled once for each instruction set (FASTLLM_ISA names it, setup.py lists them), so
+// nothing here may call an inline function that other files share: the linker would keep one copy of it, perhaps the
+// one with instructions that the machine lacks. Hence builtins only, and a namespace of its own for each pass.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace fastllm::FASTLLM_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t VecU32 __attribute__((vector_size(4 * kLanes)));
+typedef int32_t VecI32 __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t VecU16 __attribute__((vector_size(2 * kLanes)));
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+inline Vec splat(float value) {
+  return value - Vec{};
+}
+
+inline float sum(Vec v) {
+  // Pairwise, so that the result does not depend on how the compiler would order a loop.
+  float lane[kLanes];
+  __builtin_memcpy(lane, &v, sizeof(v));
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) {
+      lane[i] += lane[i + width];
+    }
+  }
+  return lane[0];
+}
+
+inline Vec load(const float* p) {
+  Vec v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+inline void store(float* p, Vec v) {
+  __builtin_memcpy(p, &v, sizeof(v));
+}
+
+inline Vec load(const BFloat16* p) {
+  VecU16 half;
+  __builtin_memcpy(&half, p, sizeof(half));
+  return (Vec)(__builtin_convertvector(half, VecU32) << 16);
+}
+
+inline void store(BFloat16* p, Vec v) {
+  // Round to nearest even; a NaN keeps its sign and becomes quiet, whatever its payload.
+  VecU32 bits = (VecU32)v;
+  VecU32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  VecU32 nan = (VecU32)(VecI32)(v != v);
+  VecU16 out = __builtin_convertvector((rounded & ~nan) | (((bits >> 16) | 0x40u) & nan), VecU16);
+  __builtin_memcpy(p, &out, sizeof(out));
+}
+
+#if defined(__AVX512F__)
+inline Vec load(const Half* p) {
+  return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline void store(Half* p, Vec v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+}
+#elif defined(__AVX2__)
+inline Vec load(const Half* p) {
+  return (Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline void store(Half* p, Vec v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+// Without F16C: exact in both directions through one float multiplication, which also takes care of subnormals.
+inline float from_bits(uint32_t bits) {
+  float value;
+  __builtin_memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+inline uint32_t to_bits(float value) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+inline Vec load(const Half* p) {
+  float lane[kLanes];
+  for (int i = 0; i < kLanes; ++i) {
+    const uint32_t h = p[i].bits, magnitude = h & 0x7fffu;
+    const float value = magnitude >= 0x7c00u
+        ? from_bits(0x7f800000u | (magnitude & 0x3ffu) << 13)
+        : from_bits(magnitude << 13) * 0x1p112f;
+    lane[i] = from_bits(to_bits(value) | (h & 0x8000u) << 16);
+  }
+  return load(lane);
+}
+inline void store(Half* p, Vec v) {
+  for (int i = 0; i < kLanes; ++i) {
+    const uint32_t bits = to_bits(v[i]), magnitude = bits & 0x7fffffffu;
+    uint32_t out;
+    if (magnitude > 0x7f800000u) {
+      out = 0x7e00u | (magnitude >> 13 & 0x3ffu);
+    } else if (magnitude >= 0x477ff000u) {  // 65520, the first value that rounds to infinity
+      out = 0x7c00u;
+    } else if (magnitude >= 0x38800000u) {  // 2^-14, the smallest normal half
+      const uint32_t rounded = magnitude + 0xfffu + (magnitude >> 13 & 1u);
+      out = (rounded - 0x38000000u) >> 13;
+    } else {
+      // Adding 0.5 moves the last bit of a subnormal half (2^-24) to the last bit of the float: the sum rounds it.
+      out = to_bits(from_bits(magnitude) + 0.5f) - 0x3f000000u;
+    }
+    p[i].bits = static_cast<uint16_t>(out | (bits >> 16 & 0x8000u));
+  }
+}
+#endif
+
+// The first `count` lanes only; the others read as zero.
+template <class T>
+inline Vec load(const T* p, int64_t count) {
+  T buffer[kLanes] = {};
+  __builtin_memcpy(buffer, p, sizeof(T) * count);
+  return load(buffer);
+}
+
+template <class T>
+inline void store(T* p, Vec v, int64_t count) {
+  T buffer[kLanes];
+  store(buffer, v);
+  __builtin_memcpy(p, buffer, sizeof(T) * count);
+}
+
+inline Vec first_lanes(Vec v, int64_t count) {
+  for (int i = static_cast<int>(count); i < kLanes; ++i) {
+    v[i] = 0.0f;
+  }
+  return v;
+}
+
+// Calls f(offset, count) for every vector of a row of n elements: f(offset) for the whole ones, f(offset, rest) last.
+template <class F>
+inline void for_each_vector(int64_t n, F f) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    f(i);
+  }
+  if (i < n) {
+    f(i, n - i);
+  }
+}
+
+}  // namespace fastllm::FASTLLM_ISA

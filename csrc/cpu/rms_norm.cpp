@@ -1,0 +1,7 @@
+// rms_norm on CPU. Arithmetic: math/norm.h; kernels: cpu/isa/norm.cpp.
+#include "../norm.h"
+
+STABLE_TORCH_LIBRARY_IMPL(fastllm, CPU, m) {
+  m.impl("rms_norm_fwd", TORCH_BOX(&fastllm::rms_norm_fwd));
+  m.impl("rms_norm_bwd", TORCH_BOX(&fastllm::rms_norm_bwd));
+}

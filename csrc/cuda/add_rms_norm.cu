@@ -1,0 +1,7 @@
+// add_rms_norm on CUDA. Arithmetic: math/norm.h; kernels: cuda/norm.cuh.
+#include "../norm.h"
+
+STABLE_TORCH_LIBRARY_IMPL(fastllm, CUDA, m) {
+  m.impl("add_rms_norm_fwd", TORCH_BOX(&fastllm::add_rms_norm_fwd));
+  m.impl("add_rms_norm_bwd", TORCH_BOX(&fastllm::add_rms_norm_bwd));
+}

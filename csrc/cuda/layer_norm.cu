@@ -1,0 +1,7 @@
+// layer_norm on CUDA. Arithmetic: math/norm.h; kernels: cuda/norm.cuh.
+#include "../norm.h"
+
+STABLE_TORCH_LIBRARY_IMPL(fastllm, CUDA, m) {
+  m.impl("layer_norm_fwd", TORCH_BOX(&fastllm::layer_norm_fwd));
+  m.impl("layer_norm_bwd", TORCH_BOX(&fastllm::layer_norm_bwd));
+}

@@ -1,0 +1,156 @@
+// The host side that the norms' CPU and CUDA kernels have in common: what a device implements, and over it the ops
+// layer_norm, rms_norm, add_layer_norm and add_rms_norm as fastllm/ops/ declares them. x is the sum where a residual
+// was added.
+#pragma once
+
+#include "tensor.h"
+
+#include <optional>
+#include <tuple>
+
+namespace fastllm {
+
+struct NormFwdOut {
+  Tensor y, sum, mean, rstd;  // sum only with a residual, mean only if centered
+};
+
+struct NormBwdOut {
+  Tensor dx, dweight, dbias;  // dweight and dbias are empty where no gradient was asked for
+};
+
+using MaybeTensor = std::optional<Tensor>;
+
+// Implemented by cpu/norm.cpp and cuda/norm.cu, each in its own shared object.
+NormFwdOut norm_fwd(
+    bool centered,
+    const Tensor& x,
+    const MaybeTensor& residual,
+    const MaybeTensor& weight,
+    const MaybeTensor& bias,
+    double eps);
+
+NormBwdOut norm_bwd(
+    bool centered,
+    const Tensor& dy,
+    const MaybeTensor& dsum,
+    const Tensor& x,
+    const MaybeTensor& mean,
+    const Tensor& rstd,
+    const MaybeTensor& weight,
+    const MaybeTensor& bias,
+    bool weight_grad,
+    bool bias_grad);
+
+// The kernels compute activations, weight and bias in fp32, bf16 or fp16 each; ops/_norm.py says the same to `explain`.
+inline bool norm_supported(const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias = std::nullopt) {
+  return is_kernel_dtype(x.scalar_type()) && (!weight.has_value() || is_kernel_dtype(weight->scalar_type())) &&
+      (!bias.has_value() || is_kernel_dtype(bias->scalar_type()));
+}
+
+inline std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd(
+    const Tensor& x,
+    const MaybeTensor& weight,
+    const MaybeTensor& bias,
+    double eps) {
+  if (!norm_supported(x, weight, bias)) {
+    return to_tuple(call_fallback<3>("layer_norm_fwd", x, weight, bias, eps));
+  }
+  auto out = norm_fwd(true, x, std::nullopt, weight, bias, eps);
+  return {out.y, out.mean, out.rstd};
+}
+
+inline std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(
+    const Tensor& dy,
+    const Tensor& x,
+    const Tensor& mean,
+    const Tensor& rstd,
+    const MaybeTensor& weight,
+    const MaybeTensor& bias,
+    bool weight_grad,
+    bool bias_grad) {
+  if (!norm_supported(x, weight, bias)) {
+    return to_tuple(call_fallback<3>("layer_norm_bwd", dy, x, mean, rstd, weight, bias, weight_grad, bias_grad));
+  }
+  auto out = norm_bwd(true, dy, std::nullopt, x, mean, rstd, weight, bias, weight_grad, bias_grad);
+  return {out.dx, out.dweight, out.dbias};
+}
+
+inline std::tuple<Tensor, Tensor> rms_norm_fwd(const Tensor& x, const MaybeTensor& weight, double eps) {
+  if (!norm_supported(x, weight)) {
+    return to_tuple(call_fallback<2>("rms_norm_fwd", x, weight, eps));
+  }
+  auto out = norm_fwd(false, x, std::nullopt, weight, std::nullopt, eps);
+  return {out.y, out.rstd};
+}
+
+inline std::tuple<Tensor, Tensor> rms_norm_bwd(
+    const Tensor& dy,
+    const Tensor& x,
+    const Tensor& rstd,
+    const MaybeTensor& weight,
+    bool weight_grad) {
+  if (!norm_supported(x, weight)) {
+    return to_tuple(call_fallback<2>("rms_norm_bwd", dy, x, rstd, weight, weight_grad));
+  }
+  auto out = norm_bwd(false, dy, std::nullopt, x, std::nullopt, rstd, weight, std::nullopt, weight_grad, false);
+  return {out.dx, out.dweight};
+}
+
+inline std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(
+    const Tensor& x,
+    const Tensor& residual,
+    const MaybeTensor& weight,
+    const MaybeTensor& bias,
+    double eps) {
+  if (!norm_supported(x, weight, bias)) {
+    return to_tuple(call_fallback<4>("add_layer_norm_fwd", x, residual, weight, bias, eps));
+  }
+  auto out = norm_fwd(true, x, residual, weight, bias, eps);
+  return {out.y, out.sum, out.mean, out.rstd};
+}
+
+inline std::tuple<Tensor, Tensor, Tensor> add_layer_norm_bwd(
+    const Tensor& dy,
+    const MaybeTensor& dsum,
+    const Tensor& sum,
+    const Tensor& mean,
+    const Tensor& rstd,
+    const MaybeTensor& weight,
+    const MaybeTensor& bias,
+    bool weight_grad,
+    bool bias_grad) {
+  if (!norm_supported(sum, weight, bias)) {
+    return to_tuple(
+        call_fallback<3>("add_layer_norm_bwd", dy, dsum, sum, mean, rstd, weight, bias, weight_grad, bias_grad));
+  }
+  auto out = norm_bwd(true, dy, dsum, sum, mean, rstd, weight, bias, weight_grad, bias_grad);
+  return {out.dx, out.dweight, out.dbias};
+}
+
+inline std::tuple<Tensor, Tensor, Tensor> add_rms_norm_fwd(
+    const Tensor& x,
+    const Tensor& residual,
+    const MaybeTensor& weight,
+    double eps) {
+  if (!norm_supported(x, weight)) {
+    return to_tuple(call_fallback<3>("add_rms_norm_fwd", x, residual, weight, eps));
+  }
+  auto out = norm_fwd(false, x, residual, weight, std::nullopt, eps);
+  return {out.y, out.sum, out.rstd};
+}
+
+inline std::tuple<Tensor, Tensor> add_rms_norm_bwd(
+    const Tensor& dy,
+    const MaybeTensor& dsum,
+    const Tensor& sum,
+    const Tensor& rstd,
+    const MaybeTensor& weight,
+    bool weight_grad) {
+  if (!norm_supported(sum, weight)) {
+    return to_tuple(call_fallback<2>("add_rms_norm_bwd", dy, dsum, sum, rstd, weight, weight_grad));
+  }
+  auto out = norm_bwd(false, dy, dsum, sum, std::nullopt, rstd, weight, std::nullopt, weight_grad, false);
+  return {out.dx, out.dweight};
+}
+
+}  // namespace fastllm

@@ -1,0 +1,258 @@
+"""Which implementation of an op runs, and why.
+
+An op has a schema and implementations ("backends") in order of preference, the reference last. C++ kernels sit in
+torch's dispatcher under their device's key, so that a call reaches them with no Python in between; every other choice
+is made by `Op._select` on real tensors. `explain` and that choice read the same list, so they cannot disagree.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fastllm import _ext
+
+NAMES = ("cuda", "triton", "cpu", "torch", "reference")
+LIBRARY = torch.library.Library("fastllm", "DEF")
+OPS: dict[str, Op] = {}
+"""Every registered op by its name in `torch.ops.fastllm`."""
+
+
+class BackendUnavailable(RuntimeError):
+    """A backend was asked for by name and cannot run these arguments."""
+
+
+class FallbackWarning(UserWarning):
+    """An op runs on its reference (or on another lesser backend) because its kernel cannot. Shown once a reason."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of an op.
+
+    Attributes:
+        name: one of `NAMES`.
+        supports: takes the op's arguments; returns None, or the reason why they cannot be computed. Plain Python over
+            tensor metadata only, because Dynamo traces it when a backend is forced.
+        run: takes the op's arguments. None for a C++ kernel, which is reached through the dispatcher.
+        key: the dispatch key of a C++ kernel ("CPU", "CUDA"), else None.
+    """
+
+    name: str
+    supports: Callable[..., str | None]
+    run: Callable | None = None
+    key: str | None = None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One line of an `Explanation`: `reason` says why the backend was rejected, None if it could run."""
+
+    op: str
+    backend: str
+    reason: str | None
+    chosen: bool
+
+    def __str__(self) -> str:
+        verdict = "runs" if self.chosen else f"rejected: {self.reason}" if self.reason else "could run"
+        return f"{self.op:<22} {self.backend:<10} {verdict}"
+
+
+class Explanation(list):
+    """What `explain` returns: a list of `Candidate`, in order of preference. Prints as a table."""
+
+    def __str__(self) -> str:
+        return "\n".join(str(candidate) for candidate in self)
+
+    @property
+    def backend(self) -> str:
+        """The backend that would run; if the call makes several ops, the last one's."""
+        chosen = [candidate.backend for candidate in self if candidate.chosen]
+        if not chosen:
+            raise BackendUnavailable(f"no backend can run this call:\n{self}")
+        return chosen[-1]
+
+
+_forced: str | None = None
+_explanation: Explanation | None = None
+_slow_path = False  # a backend is forced, or `explain` listens: one test in the hot path instead of two
+
+
+def _check_name(name: str | None, source: str) -> str | None:
+    if name is not None and name not in NAMES:
+        raise ValueError(f"{source}: unknown backend {name!r}; known are {', '.join(NAMES)}")
+    return name
+
+
+def compiled(key: str, supports: Callable[..., str | None]) -> Backend:
+    """A C++ kernel for dispatch key "CPU" or "CUDA". `supports` need not look at the device."""
+
+    def on_device(*args) -> str | None:
+        device = next(arg for arg in args if isinstance(arg, Tensor)).device.type
+        return supports(*args) if device == key.lower() else f"runs on {key.lower()}, the input is on {device}"
+
+    return Backend(key.lower(), on_device, key=key)
+
+
+def _no_kernel(key: str) -> Callable[..., str]:
+    def reason(*args) -> str:
+        return _ext.STATUS[key]
+
+    return reason
+
+
+def _always(*args) -> None:
+    return None
+
+
+class Op:
+    """A registered op: `torch.ops.fastllm.<name>`, and `<name>_fallback`, which never reaches a C++ kernel.
+
+    C++ kernels hand over to `<name>_fallback` what they do not compute, so that they are total: whatever the schema
+    admits has a result.
+
+    Args:
+        schema: as `torch.library.define` takes it, without namespace.
+        reference: the specification, in plain PyTorch, on any device and floating dtype.
+        fake: returns empty outputs with the kernels' shapes, dtypes and strides.
+        backends: the other implementations, best first.
+    """
+
+    def __init__(self, schema: str, *, reference: Callable, fake: Callable, backends: tuple[Backend, ...] = ()):
+        self.name, _, signature = schema.partition("(")
+        self.fake = fake
+        for name in (self.name, f"{self.name}_fallback"):
+            LIBRARY.define(f"{name}({signature}")
+            LIBRARY.impl(name, self._select, "CompositeExplicitAutograd")
+            torch.library.register_fake(f"fastllm::{name}", fake, lib=LIBRARY)
+        self.call = getattr(torch.ops.fastllm, self.name).default
+        self.built = frozenset(
+            backend.key
+            for backend in backends
+            if backend.key and torch._C._dispatch_has_kernel_for_dispatch_key(f"fastllm::{self.name}", backend.key)
+        )
+        self.backends = tuple(
+            replace(backend, supports=_no_kernel(backend.key)) if backend.key and backend.key not in self.built
+            # The kernel may still hand over to the fallback what `supports` admits only by mistake; a test looks for
+            # that, and nothing is computed wrongly meanwhile.
+            else replace(backend, run=self.call) if backend.key
+            else backend
+            for backend in (*backends, Backend("reference", _always, reference))
+        )
+        self._warned: set[str] = set()
+        OPS[self.name] = self
+
+    def __call__(self, *args):
+        if _slow_path:
+            return self._explain(*args) if _explanation is not None else self._run_forced(*args)
+        return self.call(*args)
+
+    def candidates(self, *args) -> Iterator[tuple[Backend, str | None]]:
+        """Every backend with the reason why it cannot run these arguments (None if it can), best first."""
+        for backend in self.backends:
+            yield backend, backend.supports(*args)
+
+    def _run_forced(self, *args):
+        for backend, reason in self.candidates(*args):
+            if backend.name == _forced:
+                if reason is not None:
+                    raise BackendUnavailable(f"fastllm.{self.name}: backend {_forced!r} cannot run: {reason}")
+                return backend.run(*args)
+        names = ", ".join(backend.name for backend in self.backends)
+        raise BackendUnavailable(f"fastllm.{self.name} has no backend {_forced!r}; it has {names}")
+
+    def _explain(self, *args):
+        found = False
+        for backend, reason in self.candidates(*args):
+            chosen = not found and reason is None and _forced in (None, backend.name)
+            found = found or chosen
+            if reason is None and _forced not in (None, backend.name):
+                reason = f"{_forced!r} is forced"
+            _explanation.append(Candidate(self.name, backend.name, reason, chosen))
+        return self.fake(*args)
+
+    def _select(self, *args):
+        # C++ kernels have had their turn: the dispatcher calls this only where there is none for the device, or
+        # because it handed the arguments over.
+        rejected = []
+        for backend, reason in self.candidates(*args):
+            if backend.key is None and reason is None:
+                self._warn(backend.name, rejected, args)
+                return backend.run(*args)
+            rejected.append((backend, reason or "handed these arguments over"))
+
+    def _warn(self, chosen: str, rejected: list[tuple[Backend, str]], args: tuple) -> None:
+        device = next(arg for arg in args if isinstance(arg, Tensor)).device.type
+        # "cuda cannot run a CPU tensor" is no news; why this device's own kernel did not run is.
+        reasons = [f"{b.name}: {reason}" for b, reason in rejected if b.key is None or b.key.lower() == device]
+        message = f"fastllm.{self.name} runs on {chosen} for {device} tensors; " + (
+            "; ".join(reasons) or f"no kernel for {device}"
+        )
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, FallbackWarning, stacklevel=4)
+
+
+def _set_state(forced: str | None, explanation: Explanation | None) -> None:
+    global _forced, _explanation, _slow_path
+    _forced, _explanation, _slow_path = forced, explanation, forced is not None or explanation is not None
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Runs every fastllm op called inside on backend `name`, in all threads; None lifts an outer choice.
+
+    A forced backend never falls back: an op that lacks it, or cannot run its arguments on it, raises
+    `BackendUnavailable` with the reasons. The environment variable FASTLLM_BACKEND does the same for a whole process.
+
+    Args:
+        name: "cuda", "triton", "cpu", "torch" or "reference".
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    before = _forced
+    _set_state(_check_name(name, "use_backend"), _explanation)
+    try:
+        yield
+    finally:
+        _set_state(before, _explanation)
+
+
+def explain(op: str | Callable, *args, **kwargs) -> Explanation:
+    """Lists every backend that could run this call, chosen or rejected, with the reason. Computes nothing.
+
+    Args:
+        op: a function of `fastllm.ops`, or its name.
+        *args, **kwargs: what it would be called with.
+
+    Returns:
+        An `Explanation`: a list of `Candidate`; `print` shows it as a table and `.backend` is the one that would run.
+
+    Raises:
+        ValueError: for an unknown op, and whatever the op itself raises for bad arguments.
+    """
+    if isinstance(op, str):
+        from fastllm import ops
+
+        if op not in ops.__all__:
+            raise ValueError(f"explain: unknown op {op!r}; known are {', '.join(ops.__all__)}")
+        op = getattr(ops, op)
+    explanation = Explanation()
+    before = _explanation
+    _set_state(_forced, explanation)
+    try:
+        with torch.no_grad():
+            op(*args, **kwargs)
+    finally:
+        _set_state(_forced, before)
+    return explanation
+
+
+_set_state(_check_name(os.environ.get("FASTLLM_BACKEND") or None, "FASTLLM_BACKEND"), None)

@@ -1,0 +1,8 @@
+"""Fused ops. Each takes the arguments of the torch function that it replaces."""
+
+from fastllm.ops.add_layer_norm import add_layer_norm
+from fastllm.ops.add_rms_norm import add_rms_norm
+from fastllm.ops.layer_norm import layer_norm
+from fastllm.ops.rms_norm import rms_norm
+
+__all__ = ["add_layer_norm", "add_rms_norm", "layer_norm", "rms_norm"]

@@ -1,0 +1,108 @@
+"""What layer_norm, rms_norm, add_layer_norm and add_rms_norm have in common: validation, shapes and autocast."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastllm.backends import Backend, compiled
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def kernels(x: int, *parameters: int) -> tuple[Backend, ...]:
+    """The C++ backends of an op whose schema has the activation at position `x`, weight (and bias) at `parameters`."""
+
+    def supports(*args) -> str | None:
+        for position in (x, *parameters):
+            tensor = args[position]
+            if tensor is not None and tensor.dtype not in KERNEL_DTYPES:
+                what = "input" if position == x else "weight and bias"
+                return f"{what} must be float32, bfloat16 or float16, got {str(tensor.dtype).removeprefix('torch.')}"
+        return None
+
+    return compiled("CUDA", supports), compiled("CPU", supports)
+
+
+def validate(
+    name: str,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> int:
+    """Checks a norm's arguments and returns the number of normalized dimensions.
+
+    Raises:
+        TypeError: for what is not a tensor, a sequence of ints, or of a floating dtype.
+        ValueError: for shapes or devices that do not fit.
+    """
+    if not isinstance(input, Tensor):
+        raise TypeError(f"{name}: input must be a tensor, got {type(input).__name__}")
+    if not isinstance(normalized_shape, (tuple, list)):
+        raise TypeError(f"{name}: normalized_shape must be a tuple of ints, got {normalized_shape!r}")
+    shape, ndim = tuple(normalized_shape), len(normalized_shape)
+    if not input.dtype.is_floating_point:
+        raise TypeError(f"{name}: input must have a floating dtype, got {input.dtype}")
+    if ndim == 0:
+        raise ValueError(f"{name}: normalized_shape must have at least one dimension, got ()")
+    if tuple(input.shape[-ndim:]) != shape:
+        raise ValueError(f"{name}: input must have shape (*, {str(shape)[1:]}, got {tuple(input.shape)}")
+    for label, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is None:
+            continue
+        if not isinstance(parameter, Tensor):
+            raise TypeError(f"{name}: {label} must be a tensor or None, got {type(parameter).__name__}")
+        if not parameter.dtype.is_floating_point:
+            raise TypeError(f"{name}: {label} must have a floating dtype, got {parameter.dtype}")
+        if tuple(parameter.shape) != shape:
+            raise ValueError(f"{name}: {label} must have shape {shape}, got {tuple(parameter.shape)}")
+        if parameter.device != input.device:
+            raise ValueError(f"{name}: input is on {input.device}, {label} on {parameter.device}")
+    if residual is not None:
+        if not isinstance(residual, Tensor):
+            raise TypeError(f"{name}: residual must be a tensor, got {type(residual).__name__}")
+        if not residual.dtype.is_floating_point:
+            raise TypeError(f"{name}: residual must have a floating dtype, got {residual.dtype}")
+        if residual.shape != input.shape:
+            raise ValueError(f"{name}: residual must have shape {tuple(input.shape)}, got {tuple(residual.shape)}")
+        if residual.device != input.device:
+            raise ValueError(f"{name}: input is on {input.device}, residual on {residual.device}")
+    return ndim
+
+
+def runs_in_float32(x: Tensor) -> bool:
+    """Whether autocast makes torch's norms take this input in float32: it does on CUDA, it does not on the CPU."""
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and torch.is_autocast_enabled("cuda")
+
+
+def flatten(x: Tensor | None, ndim: int) -> Tensor | None:
+    """Folds the last `ndim` dimensions, the normalized ones, into one."""
+    return x if x is None or ndim == 1 else x.flatten(-ndim)
+
+
+def promote(input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the dtype of their sum."""
+    if input.dtype == residual.dtype:
+        return input, residual
+    dtype = torch.promote_types(input.dtype, residual.dtype)
+    return input.to(dtype), residual.to(dtype)
+
+
+def empty_parameter_grad(x: Tensor, parameter: Tensor | None, wanted: bool) -> Tensor:
+    """The fake of a parameter's gradient: (N,) in its dtype, or empty where it is not asked for."""
+    size = x.shape[-1] if wanted and parameter is not None else 0
+    return x.new_empty(size, dtype=x.dtype if parameter is None else parameter.dtype)
+
+
+def empty_statistic(x: Tensor) -> Tensor:
+    """The fake of mean or rstd."""
+    return x.new_empty(x.shape[:-1], dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def rms_eps(x: Tensor, eps: float | None) -> float:
+    """torch's default: the machine epsilon of the dtype that the norm is computed in."""
+    return torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps if eps is None else eps

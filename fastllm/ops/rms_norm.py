@@ -1,0 +1,80 @@
+"""RMSNorm (Zhang and Sennrich, 2019, https://arxiv.org/abs/1910.07467)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastllm.backends import Op
+from fastllm.ops import _norm
+from fastllm.reference import rms_norm as reference
+
+_fwd = Op(
+    "rms_norm_fwd(Tensor x, Tensor? weight, float eps) -> (Tensor, Tensor)",
+    reference=reference.rms_norm_fwd,
+    fake=lambda x, weight, eps: (x.new_empty(x.shape), _norm.empty_statistic(x)),
+    backends=_norm.kernels(0, 1),
+)
+_bwd = Op(
+    "rms_norm_bwd(Tensor dy, Tensor x, Tensor rstd, Tensor? weight, bool weight_grad) -> (Tensor, Tensor)",
+    reference=reference.rms_norm_bwd,
+    fake=lambda dy, x, rstd, weight, weight_grad: (
+        x.new_empty(x.shape),
+        _norm.empty_parameter_grad(x, weight, weight_grad),
+    ),
+    backends=_norm.kernels(1, 3),
+)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        y, rstd = _fwd(x, weight, eps)
+        ctx.save_for_backward(x, rstd, weight)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        weight_grad = ctx.needs_input_grad[1]
+        dx, dweight = _bwd(dy, *ctx.saved_tensors, weight_grad)
+        return dx, dweight if weight_grad else None, None
+
+
+def rms_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor:
+    """Root mean square normalization over the last dimensions, as `torch.nn.functional.rms_norm`.
+
+        y = x / sqrt(mean(x^2) + eps) * weight
+
+    The mean is taken over `normalized_shape` in float32 (float64 for float64 input). Source: Zhang and Sennrich,
+    "Root Mean Square Layer Normalization", 2019.
+
+    Args:
+        input: (*, *normalized_shape), any strides; float32, bfloat16, float16; float64 runs on the reference.
+        normalized_shape: the sizes of the last dimensions, normalized together.
+        weight: normalized_shape, or None for ones. Any floating dtype, also another than the input's.
+        eps: added to the mean square; None means torch.finfo(torch.float32).eps (float64's for float64 input), as in
+            torch.
+
+    Returns:
+        Contiguous, of input's shape and dtype (float32 under CUDA autocast, as torch). Differentiable once.
+
+    Raises:
+        TypeError: for a dtype that is not floating, or a normalized_shape that is no sequence.
+        ValueError: for shapes or devices that do not fit.
+    """
+    ndim = _norm.validate("rms_norm", input, normalized_shape, weight)
+    if _norm.runs_in_float32(input):
+        input = input.float()
+    eps = _norm.rms_eps(input, eps)
+    if ndim == 1:
+        return _RMSNorm.apply(input, weight, eps)
+    x, weight = (_norm.flatten(t, ndim) for t in (input, weight))
+    return _RMSNorm.apply(x, weight, eps).view(input.shape)

@@ -46,6 +46,10 @@ def sources(*patterns: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
 
 
+# Not in the Extension: torch's BuildExtension would see CUDA files there and ask for a CUDA of its own choice.
+CUDA_SOURCES = sources("csrc/cuda/*.cu", "csrc/cuda/*.cpp")
+
+
 def gencode(archs: str) -> list[str]:
     """nvcc's flags for a list such as "80;90": machine code for each, and PTX of the newest for chips to come."""
     if archs == "native":
@@ -107,7 +111,10 @@ def make_build_ext():
             return super().build_extension(ext)
 
         def build_cuda(self, ext):
-            """Runs nvcc through ninja: torch's own CUDA rules want a torch built with CUDA, which this does not."""
+            """Runs nvcc through ninja: torch's own CUDA rules want a torch built with CUDA, which this does not.
+
+            Kernels (*.cu) know no torch; nvcc hands the *.cpp beside them to the C++ compiler.
+            """
             build = Path(self.build_temp).resolve() / "cuda"
             build.mkdir(parents=True, exist_ok=True)
             if not (torch_lib / "libtorch_cuda.so").exists():
@@ -125,7 +132,7 @@ def make_build_ext():
             flags += [f"-I{path}" for path in include_paths()]
             target = Path(self.get_ext_fullpath(ext.name)).resolve()
             target.parent.mkdir(parents=True, exist_ok=True)
-            objects = {str(build / Path(source).with_suffix(".o").name): ROOT / source for source in ext.sources}
+            objects = {str(build / Path(source).with_suffix(".o").name): ROOT / source for source in CUDA_SOURCES}
             lines = [
                 f"nvcc = {find_nvcc()}",
                 f"flags = {' '.join(flags)}",
@@ -156,7 +163,7 @@ else:
         Extension("fastllm._C", sources("csrc/*.cpp", "csrc/cpu/*.cpp"), libraries=["torch_cpu"], language="c++")
     )
     if find_nvcc() is not None:
-        extensions.append(Extension("fastllm._C_cuda", sources("csrc/cuda/*.cu"), language="c++"))
+        extensions.append(Extension("fastllm._C_cuda", [], language="c++"))
 
 setup(
     packages=[*find_packages(include=["fastllm", "fastllm.*"]), "fastllm.kernels", "fastllm.benchmarks"],

@@ -3,12 +3,24 @@
 // was added.
 #pragma once
 
+#include "norm_args.h"
 #include "tensor.h"
 
 #include <optional>
 #include <tuple>
 
 namespace fastllm {
+
+inline DType dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    default:
+      return DType::kHalf;
+  }
+}
 
 struct NormFwdOut {
   Tensor y, sum, mean, rstd;  // sum only with a residual, mean only if centered

@@ -26,17 +26,6 @@ const NormRows& rows_kernel() {
   }
 }
 
-DType dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return DType::kFloat;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    default:
-      return DType::kHalf;
-  }
-}
-
 template <class F>
 void with_pointer(const Tensor& t, F f) {
   switch (t.scalar_type()) {
@@ -100,6 +89,7 @@ NormFwdOut norm_fwd(
   NormFwd a{};
   a.dtype = dtype_of(x);
   a.centered = centered;
+  a.rows = x.numel() / n;
   a.n = n;
   a.eps = static_cast<float>(eps);
   a.x = x_rows.data();
@@ -112,12 +102,13 @@ NormFwdOut norm_fwd(
   }
   a.weight = as_floats(weight, weight_buffer);
   a.bias = as_floats(bias, bias_buffer);
+  a.weight_is_float = a.bias_is_float = true;
   a.y = out.y.mutable_data_ptr();
   a.mean = centered ? static_cast<float*>(out.mean.mutable_data_ptr()) : nullptr;
   a.rstd = static_cast<float*>(out.rstd.mutable_data_ptr());
   const NormRows& kernel = rows_kernel();
   torch::stable::parallel_for(
-      0, x.numel() / n, grain(n), [&](int64_t begin, int64_t end) { kernel.fwd(a, begin, end); });
+      0, a.rows, grain(n), [&](int64_t begin, int64_t end) { kernel.fwd(a, begin, end); });
   return out;
 }
 
@@ -157,6 +148,7 @@ NormBwdOut norm_bwd(
     NormBwd a{};
     a.dtype = dtype_of(x);
     a.centered = centered;
+    a.rows = rows;
     a.n = n;
     a.dy = dy_rows.data();
     a.dy_stride = dy_rows.stride;
@@ -168,6 +160,7 @@ NormBwdOut norm_bwd(
       a.dsum_stride = dsum_rows->stride;
     }
     a.weight = as_floats(weight, weight_buffer);
+    a.weight_is_float = true;
     a.mean = centered ? static_cast<const float*>(mean_dense->const_data_ptr()) : nullptr;
     a.rstd = static_cast<const float*>(rstd_dense.const_data_ptr());
     a.dx = out.dx.mutable_data_ptr();

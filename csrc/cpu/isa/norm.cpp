@@ -10,8 +10,8 @@ namespace {
 template <bool kCentered, class T>
 void fwd_rows(const NormFwd& a, int64_t begin, int64_t end) {
   const int64_t n = a.n;
-  const float* weight = a.weight;
-  const float* bias = a.bias;
+  const float* weight = static_cast<const float*>(a.weight);
+  const float* bias = static_cast<const float*>(a.bias);
   for (int64_t row = begin; row < end; ++row) {
     const T* x = static_cast<const T*>(a.x) + row * a.x_stride;
     T* y = static_cast<T*>(a.y) + row * n;
@@ -78,7 +78,7 @@ void fwd_rows(const NormFwd& a, int64_t begin, int64_t end) {
 template <bool kCentered, class T>
 void bwd_rows(const NormBwd& a, int64_t begin, int64_t end, float* dweight, float* dbias) {
   const int64_t n = a.n;
-  const float* weight = a.weight;
+  const float* weight = static_cast<const float*>(a.weight);
   for (int64_t row = begin; row < end; ++row) {
     const T* dy = static_cast<const T*>(a.dy) + row * a.dy_stride;
     const T* x = static_cast<const T*>(a.x) + row * a.x_stride;

@@ -1,4 +1,4 @@
-// layer_norm on CUDA. Arithmetic: math/norm.h; kernels: cuda/norm.cuh.
+// layer_norm on CUDA. Arithmetic: math/norm.h; kernels: cuda/norm_fwd.cu, cuda/norm_bwd.cu.
 #include "../norm.h"
 
 STABLE_TORCH_LIBRARY_IMPL(fastllm, CUDA, m) {

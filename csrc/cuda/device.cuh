@@ -1,0 +1,207 @@
+// Device-side building blocks: packed memory access, conversions, reductions over a row, launches.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace fastllm {
+
+constexpr int kWarp = 32;
+constexpr int kMaxWarps = 32;
+
+__device__ __forceinline__ float to_float(float x) {
+  return x;
+}
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) {
+  return __bfloat162float(x);
+}
+__device__ __forceinline__ float to_float(__half x) {
+  return __half2float(x);
+}
+
+template <class T>
+__device__ __forceinline__ T from_float(float x);
+template <>
+__device__ __forceinline__ float from_float<float>(float x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+template <>
+__device__ __forceinline__ __half from_float<__half>(float x) {
+  return __float2half_rn(x);
+}
+
+template <class To, class From>
+__device__ __forceinline__ To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// kVec elements moved by one instruction: 16 bytes in the fast paths. Held as 32-bit words: as an array of 16-bit
+// elements, the compiler would give each a register of its own.
+template <class T, int kVec>
+struct alignas(sizeof(T) * kVec) Packed {
+  static constexpr int kPerWord = 4 / sizeof(T);
+  static_assert(kVec % kPerWord == 0);
+  uint32_t words[kVec / kPerWord];
+
+  __device__ __forceinline__ float get(int i) const {
+    if constexpr (kPerWord == 1) {
+      return bits_as<float>(words[i]);
+    } else {
+      return to_float(bits_as<T>(static_cast<uint16_t>(words[i / 2] >> (i % 2 * 16))));
+    }
+  }
+
+  // Elements are set in order, each once.
+  __device__ __forceinline__ void set(int i, float value) {
+    if constexpr (kPerWord == 1) {
+      words[i] = bits_as<uint32_t>(value);
+    } else {
+      const uint32_t bits = bits_as<uint16_t>(from_float<T>(value));
+      words[i / 2] = i % 2 == 0 ? bits : words[i / 2] | bits << 16;
+    }
+  }
+};
+
+template <class T>
+struct Packed<T, 1> {
+  T value;
+
+  __device__ __forceinline__ float get(int) const {
+    return to_float(value);
+  }
+  __device__ __forceinline__ void set(int, float x) {
+    value = from_float<T>(x);
+  }
+};
+
+template <class T>
+constexpr int kFullVec = 16 / sizeof(T);
+
+template <class T, int kVec>
+__device__ __forceinline__ Packed<T, kVec> load_packed(const T* p) {
+  return *reinterpret_cast<const Packed<T, kVec>*>(p);
+}
+
+template <class T, int kVec>
+__device__ __forceinline__ void store_packed(T* p, const Packed<T, kVec>& value) {
+  *reinterpret_cast<Packed<T, kVec>*>(p) = value;
+}
+
+// kVec elements of a weight or bias at `offset` as floats; `fallback` where there is none. Its type is float or T.
+template <class T, int kVec>
+__device__ __forceinline__ void load_param(
+    float (&out)[kVec],
+    const void* param,
+    bool is_float,
+    int64_t offset,
+    float fallback) {
+  if (param == nullptr) {
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) {
+      out[i] = fallback;
+    }
+  } else if (is_float) {
+    constexpr int kStep = kVec < kFullVec<float> ? kVec : kFullVec<float>;
+#pragma unroll
+    for (int i = 0; i < kVec; i += kStep) {
+      const auto packed = load_packed<float, kStep>(static_cast<const float*>(param) + offset + i);
+#pragma unroll
+      for (int j = 0; j < kStep; ++j) {
+        out[i + j] = packed.get(j);
+      }
+    }
+  } else {
+    const auto packed = load_packed<T, kVec>(static_cast<const T*>(param) + offset);
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) {
+      out[i] = packed.get(i);
+    }
+  }
+}
+
+__device__ __forceinline__ float warp_sum(float value) {
+#pragma unroll
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) {
+    value += __shfl_xor_sync(0xffffffffu, value, mask);
+  }
+  return value;
+}
+
+// Sums `kCount` values over the threads of a row: a warp (blockDim.x == 32, any number of rows a block), or a whole
+// block. `scratch` is for the whole block and must not be the one of the call before: two alternate, so that one barrier
+// a call is enough.
+template <int kCount>
+__device__ __forceinline__ void row_sum(float (&values)[kCount], float (&scratch)[kCount][kMaxWarps]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    values[i] = warp_sum(values[i]);
+  }
+  if (blockDim.x == kWarp) {
+    return;
+  }
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  if (lane == 0) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      scratch[i][warp] = values[i];
+    }
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    values[i] = warp_sum(lane < warps ? scratch[i][lane] : 0.0f);
+  }
+}
+
+// True if p can be read kVec elements of T at a time, given that offsets are multiples of kVec.
+template <class T, int kVec>
+inline bool is_aligned(const void* p) {
+  return reinterpret_cast<uintptr_t>(p) % (sizeof(T) * kVec) == 0;
+}
+
+inline int ceil_div(int64_t a, int64_t b) {
+  return static_cast<int>((a + b - 1) / b);
+}
+
+inline int warps_for(int64_t threads) {
+  return ceil_div(threads, kWarp) * kWarp;
+}
+
+#ifndef FASTLLM_CUDA_EMULATION
+// A launch, and the two device facts that grids are made from. Tests put a CPU emulation of them in this place.
+template <class... Params, class... Args>
+inline void launch(void (*kernel)(Params...), dim3 grid, dim3 block, cudaStream_t stream, const Args&... args) {
+  kernel<<<grid, block, 0, stream>>>(args...);
+}
+
+inline int multiprocessors() {
+  static int counts[64] = {};  // by device; a race writes the same value twice
+  int device = 0;
+  cudaGetDevice(&device);
+  int& count = counts[device % 64];
+  if (count == 0) {
+    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  }
+  return count;
+}
+
+template <class Kernel>
+inline int blocks_per_multiprocessor(Kernel kernel, int threads) {
+  int blocks = 1;
+  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, 0);
+  return blocks;
+}
+#endif
+
+}  // namespace fastllm

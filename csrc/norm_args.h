@@ -1,0 +1,51 @@
+// What the host code of the norms hands to their kernels, on the CPU and on the GPU: plain data, no torch.
+#pragma once
+
+#include <cstdint>
+
+namespace fastllm {
+
+enum class DType { kFloat, kBFloat16, kHalf };
+
+// Activations are of type `dtype`; rows are dense inside and `*_stride` elements apart, outputs dense throughout.
+// Weight and bias are dense, of type float, or (GPU only) of the activations' type where `*_is_float` is false.
+// Null: no residual, weight, bias, mean (RMSNorm), dsum; no gradient wanted.
+struct NormFwd {
+  DType dtype;
+  bool centered;
+  int64_t rows;
+  int64_t n;
+  float eps;
+  const void* x;
+  int64_t x_stride;
+  const void* residual;
+  int64_t residual_stride;
+  const void* weight;
+  bool weight_is_float;
+  const void* bias;
+  bool bias_is_float;
+  void* y;
+  void* sum;  // x + residual in the activations' type; written only if there is a residual
+  float* mean;
+  float* rstd;
+};
+
+struct NormBwd {
+  DType dtype;
+  bool centered;
+  int64_t rows;
+  int64_t n;
+  const void* dy;
+  int64_t dy_stride;
+  const void* x;
+  int64_t x_stride;
+  const void* dsum;  // gradient of the second output of add_*_norm, added to dx
+  int64_t dsum_stride;
+  const void* weight;
+  bool weight_is_float;
+  const float* mean;
+  const float* rstd;
+  void* dx;
+};
+
+}  // namespace fastllm

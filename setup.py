@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -50,13 +51,32 @@ def sources(*patterns: str) -> list[str]:
 CUDA_SOURCES = sources("csrc/cuda/*.cu", "csrc/cuda/*.cpp")
 
 
-def gencode(archs: str) -> list[str]:
-    """nvcc's flags for a list such as "80;90": machine code for each, and PTX of the newest for chips to come."""
-    if archs == "native":
-        return ["-arch=native"]
-    names = archs.replace(",", ";").split(";")
-    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in names]
-    return [*flags, f"-gencode=arch=compute_{names[-1]},code=compute_{names[-1]}"]
+def cuda_archs() -> list[str]:
+    archs = os.environ.get("FASTLLM_CUDA_ARCHS") or CUDA_ARCHS
+    if archs != "native":
+        return archs.replace(",", ";").split(";")
+    import torch
+
+    found = {"{}{}".format(*torch.cuda.get_device_capability(i)) for i in range(torch.cuda.device_count())}
+    if not found:
+        raise SystemExit("FASTLLM_CUDA_ARCHS=native, but torch sees no GPU on this machine.")
+    return sorted(found, key=int)
+
+
+def gencode(archs: list[str]) -> list[str]:
+    """nvcc's flags: machine code for each architecture, and PTX of the newest for chips to come."""
+    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    return [*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+
+
+def build_facts(torch_version: str) -> list[str]:
+    """What `fastllm info` reports, as macros of csrc/module.cpp."""
+    facts = {"TORCH": torch_version, "CUDA_COMPILER": "", "CUDA_ARCHS": ""}
+    if find_nvcc():
+        output = subprocess.run([find_nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
+        facts["CUDA_COMPILER"] = "nvcc " + re.search(r"release [\d.]+, V([\d.]+)", output).group(1)
+        facts["CUDA_ARCHS"] = ";".join(cuda_archs())
+    return [f'-DFASTLLM_BUILT_{name}="{value}"' for name, value in facts.items()]
 
 
 def make_build_ext():
@@ -97,7 +117,7 @@ def make_build_ext():
             ext.library_dirs = [str(torch_lib)]
             flags = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-fno-math-errno"]
             flags += ["-Wall", "-Wno-maybe-uninitialized", *DEFINES]
-            ext.extra_compile_args = [*flags, f'-DFASTLLM_BUILT_WITH_TORCH="{torch.__version__}"']
+            ext.extra_compile_args = [*flags, *build_facts(torch.__version__)]
             ext.extra_objects = [
                 object_file
                 for isa, isa_flags in ISAS.items()
@@ -126,9 +146,9 @@ def make_build_ext():
                     check=True,
                 )
             flags = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-DUSE_CUDA", *DEFINES]
-            flags += ["-lineinfo", "--expt-relaxed-constexpr", "-Xptxas", "-v"]
+            flags += ["-lineinfo", "--expt-relaxed-constexpr", "-Xfatbin", "-compress-all"]
             flags += ["-diag-suppress", "20012,20013,20014,20015", "-ccbin", find_compiler()]
-            flags += gencode(os.environ.get("FASTLLM_CUDA_ARCHS", CUDA_ARCHS))
+            flags += gencode(cuda_archs())
             flags += [f"-I{path}" for path in include_paths()]
             target = Path(self.get_ext_fullpath(ext.name)).resolve()
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -139,11 +159,13 @@ def make_build_ext():
                 f"link = -shared -cudart static -ccbin {find_compiler()} -L{torch_lib} -L{build} "
                 "-Xlinker --no-as-needed -ltorch_cpu -ltorch_cuda",
                 "rule compile",
-                "  command = $nvcc $flags -MD -MF $out.d -c $in -o $out > $out.log 2>&1 || (cat $out.log && false)",
+                "  command = $nvcc $flags -MD -MF $out.d -c $in -o $out",
+                "  description = nvcc $in",
                 "  depfile = $out.d",
                 "  deps = gcc",
                 "rule link",
                 "  command = $nvcc $in $link -o $out",
+                "  description = link $out",
                 *(f"build {out}: compile {source}" for out, source in objects.items()),
                 f"build {target}: link {' '.join(objects)}",
             ]

@@ -3,7 +3,6 @@
 
 #include <pybind11/pybind11.h>
 
-
 namespace py = pybind11;
 
 PYBIND11_MODULE(_C, m) {
@@ -19,8 +18,10 @@ PYBIND11_MODULE(_C, m) {
 #else
         info["compiler"] = "unknown";
 #endif
-        info["torch"] = FASTLLM_BUILT_WITH_TORCH;
+        info["torch"] = FASTLLM_BUILT_TORCH;
         info["torch_target_version"] = "2.11";
+        info["cuda_compiler"] = FASTLLM_BUILT_CUDA_COMPILER;  // empty: built without CUDA kernels
+        info["cuda_archs"] = FASTLLM_BUILT_CUDA_ARCHS;
 #ifdef FASTLLM_X86
         info["cpu_kernels"] = py::make_tuple("baseline", "avx2", "avx512");
 #else
@@ -28,7 +29,8 @@ PYBIND11_MODULE(_C, m) {
 #endif
         return info;
       },
-      "Compiler, the torch whose headers were used, the oldest torch it runs with, instruction sets compiled.");
+      "Compiler, the torch whose headers were used, the oldest torch it runs with, instruction sets and GPUs compiled "
+      "for.");
   m.def("cpu_capability", &fastllm::cpu_capability_name, "Instruction set in use: baseline, avx2 or avx512.");
   m.def(
       "set_cpu_capability",

@@ -32,7 +32,28 @@ struct NormBwdOut {
 
 using MaybeTensor = std::optional<Tensor>;
 
-// Implemented by cpu/norm.cpp and cuda/norm.cu, each in its own shared object.
+// x's like: residual, dy, dsum. Statistics: mean, rstd. Parameters: weight, bias.
+inline void check_rows(const char* what, const MaybeTensor& t, const Tensor& x) {
+  if (t.has_value()) {
+    check_argument(t->scalar_type() == x.scalar_type() && same_shape(*t, x) && same_device(*t, x), what, *t, x);
+  }
+}
+
+inline void check_statistic(const char* what, const MaybeTensor& t, const Tensor& x) {
+  if (t.has_value()) {
+    const bool fits = t->numel() * x.size(x.dim() - 1) == x.numel();
+    check_argument(t->scalar_type() == ScalarType::Float && fits && same_device(*t, x), what, *t, x);
+  }
+}
+
+inline void check_parameter(const char* what, const MaybeTensor& t, const Tensor& x) {
+  if (t.has_value()) {
+    const bool fits = t->dim() == 1 && t->size(0) == x.size(x.dim() - 1);
+    check_argument(is_kernel_dtype(t->scalar_type()) && fits && same_device(*t, x), what, *t, x);
+  }
+}
+
+// Implemented by cpu/norm.cpp and cuda/norm.cpp, each in its own shared object.
 NormFwdOut norm_fwd(
     bool centered,
     const Tensor& x,
@@ -56,14 +77,11 @@ NormBwdOut norm_bwd(
 // The kernels compute activations, weight and bias in fp32, bf16 or fp16 each; ops/_norm.py says the same to `explain`.
 inline bool norm_supported(const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias = std::nullopt) {
   return is_kernel_dtype(x.scalar_type()) && (!weight.has_value() || is_kernel_dtype(weight->scalar_type())) &&
-      (!bias.has_value() || is_kernel_dtype(bias->scalar_type()));
+         (!bias.has_value() || is_kernel_dtype(bias->scalar_type()));
 }
 
 inline std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd(
-    const Tensor& x,
-    const MaybeTensor& weight,
-    const MaybeTensor& bias,
-    double eps) {
+    const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias, double eps) {
   if (!norm_supported(x, weight, bias)) {
     return to_tuple(call_fallback<3>("layer_norm_fwd", x, weight, bias, eps));
   }
@@ -96,11 +114,7 @@ inline std::tuple<Tensor, Tensor> rms_norm_fwd(const Tensor& x, const MaybeTenso
 }
 
 inline std::tuple<Tensor, Tensor> rms_norm_bwd(
-    const Tensor& dy,
-    const Tensor& x,
-    const Tensor& rstd,
-    const MaybeTensor& weight,
-    bool weight_grad) {
+    const Tensor& dy, const Tensor& x, const Tensor& rstd, const MaybeTensor& weight, bool weight_grad) {
   if (!norm_supported(x, weight)) {
     return to_tuple(call_fallback<2>("rms_norm_bwd", dy, x, rstd, weight, weight_grad));
   }
@@ -109,11 +123,7 @@ inline std::tuple<Tensor, Tensor> rms_norm_bwd(
 }
 
 inline std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(
-    const Tensor& x,
-    const Tensor& residual,
-    const MaybeTensor& weight,
-    const MaybeTensor& bias,
-    double eps) {
+    const Tensor& x, const Tensor& residual, const MaybeTensor& weight, const MaybeTensor& bias, double eps) {
   if (!norm_supported(x, weight, bias)) {
     return to_tuple(call_fallback<4>("add_layer_norm_fwd", x, residual, weight, bias, eps));
   }
@@ -140,10 +150,7 @@ inline std::tuple<Tensor, Tensor, Tensor> add_layer_norm_bwd(
 }
 
 inline std::tuple<Tensor, Tensor, Tensor> add_rms_norm_fwd(
-    const Tensor& x,
-    const Tensor& residual,
-    const MaybeTensor& weight,
-    double eps) {
+    const Tensor& x, const Tensor& residual, const MaybeTensor& weight, double eps) {
   if (!norm_supported(x, weight)) {
     return to_tuple(call_fallback<3>("add_rms_norm_fwd", x, residual, weight, eps));
   }

@@ -4,7 +4,9 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <array>
 #include <optional>
 #include <string>
@@ -14,6 +16,38 @@ namespace fastllm {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+inline std::string to_string(const Tensor& t) {
+  std::string text = "(";
+  for (const int64_t size : t.sizes()) {
+    text += (text.size() > 1 ? ", " : "") + std::to_string(size);
+  }
+  return text + ")";
+}
+
+// fastllm/ops/ checks arguments and says more. The checks here keep a direct call of torch.ops.fastllm.* from touching
+// memory that is not its own.
+inline void check_argument(bool ok, const char* what, const Tensor& got, const Tensor& x) {
+  if (!ok) {
+    STD_TORCH_CHECK(
+        false,
+        "fastllm: ",
+        what,
+        " must fit x in shape, dtype and device; got shape ",
+        to_string(got),
+        " for x of shape ",
+        to_string(x));
+  }
+}
+
+inline bool same_device(const Tensor& a, const Tensor& b) {
+  return a.is_cuda() == b.is_cuda() && a.get_device_index() == b.get_device_index();
+}
+
+inline bool same_shape(const Tensor& a, const Tensor& b) {
+  const auto x = a.sizes(), y = b.sizes();
+  return std::equal(x.begin(), x.end(), y.begin(), y.end());
+}
 
 inline bool is_kernel_dtype(ScalarType dtype) {
   return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;

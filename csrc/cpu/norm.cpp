@@ -70,6 +70,9 @@ NormFwdOut norm_fwd(
     const MaybeTensor& weight,
     const MaybeTensor& bias,
     double eps) {
+  check_rows("residual", residual, x);
+  check_parameter("weight", weight, x);
+  check_parameter("bias", bias, x);
   const int64_t n = x.size(x.dim() - 1);
   NormFwdOut out;
   out.y = torch::stable::new_empty(x, x.sizes());
@@ -107,8 +110,7 @@ NormFwdOut norm_fwd(
   a.mean = centered ? static_cast<float*>(out.mean.mutable_data_ptr()) : nullptr;
   a.rstd = static_cast<float*>(out.rstd.mutable_data_ptr());
   const NormRows& kernel = rows_kernel();
-  torch::stable::parallel_for(
-      0, a.rows, grain(n), [&](int64_t begin, int64_t end) { kernel.fwd(a, begin, end); });
+  torch::stable::parallel_for(0, a.rows, grain(n), [&](int64_t begin, int64_t end) { kernel.fwd(a, begin, end); });
   return out;
 }
 
@@ -123,6 +125,12 @@ NormBwdOut norm_bwd(
     const MaybeTensor& bias,
     bool weight_grad,
     bool bias_grad) {
+  check_rows("dy", dy, x);
+  check_rows("dsum", dsum, x);
+  check_statistic("mean", mean, x);
+  check_statistic("rstd", rstd, x);
+  check_parameter("weight", weight, x);
+  check_parameter("bias", bias, x);
   const int64_t n = x.size(x.dim() - 1);
   const int64_t rows = n == 0 ? 0 : x.numel() / n;
   weight_grad = weight_grad && weight.has_value();
@@ -142,8 +150,7 @@ NormBwdOut norm_bwd(
     const Rows dy_rows = as_rows(dy), x_rows = as_rows(x);
     std::optional<Rows> dsum_rows;
     const Tensor rstd_dense = torch::stable::contiguous(rstd);
-    const MaybeTensor mean_dense =
-        centered ? MaybeTensor(torch::stable::contiguous(*mean)) : std::nullopt;
+    const MaybeTensor mean_dense = centered ? MaybeTensor(torch::stable::contiguous(*mean)) : std::nullopt;
     std::vector<float> weight_buffer;
     NormBwd a{};
     a.dtype = dtype_of(x);

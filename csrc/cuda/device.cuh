@@ -62,7 +62,7 @@ struct alignas(sizeof(T) * kVec) Packed {
     }
   }
 
-  // Elements are set in order, each once.
+  // Elements are set in order, each once: an even one clears the odd one beside it.
   __device__ __forceinline__ void set(int i, float value) {
     if constexpr (kPerWord == 1) {
       words[i] = bits_as<uint32_t>(value);
@@ -101,11 +101,7 @@ __device__ __forceinline__ void store_packed(T* p, const Packed<T, kVec>& value)
 // kVec elements of a weight or bias at `offset` as floats; `fallback` where there is none. Its type is float or T.
 template <class T, int kVec>
 __device__ __forceinline__ void load_param(
-    float (&out)[kVec],
-    const void* param,
-    bool is_float,
-    int64_t offset,
-    float fallback) {
+    float (&out)[kVec], const void* param, bool is_float, int64_t offset, float fallback) {
   if (param == nullptr) {
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {
@@ -139,8 +135,8 @@ __device__ __forceinline__ float warp_sum(float value) {
 }
 
 // Sums `kCount` values over the threads of a row: a warp (blockDim.x == 32, any number of rows a block), or a whole
-// block. `scratch` is for the whole block and must not be the one of the call before: two alternate, so that one barrier
-// a call is enough.
+// block. `scratch` is for the whole block and must not be the one of the call before: two alternate, so that one
+// barrier a call is enough.
 template <int kCount>
 __device__ __forceinline__ void row_sum(float (&values)[kCount], float (&scratch)[kCount][kMaxWarps]) {
 #pragma unroll

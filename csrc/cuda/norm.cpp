@@ -46,6 +46,9 @@ NormFwdOut norm_fwd(
     const MaybeTensor& weight,
     const MaybeTensor& bias,
     double eps) {
+  check_rows("residual", residual, x);
+  check_parameter("weight", weight, x);
+  check_parameter("bias", bias, x);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   NormFwdOut out;
   out.y = torch::stable::new_empty(x, x.sizes());
@@ -98,6 +101,12 @@ NormBwdOut norm_bwd(
     const MaybeTensor& bias,
     bool weight_grad,
     bool bias_grad) {
+  check_rows("dy", dy, x);
+  check_rows("dsum", dsum, x);
+  check_statistic("mean", mean, x);
+  check_statistic("rstd", rstd, x);
+  check_parameter("weight", weight, x);
+  check_parameter("bias", bias, x);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const int64_t n = x.size(x.dim() - 1);
   weight_grad = weight_grad && weight.has_value();

@@ -13,8 +13,8 @@ void launch_norm_fwd(const NormFwd& a, cudaStream_t stream);
 // How many rows of partial sums (a.n floats each) the backward needs for each of dweight and dbias.
 int64_t norm_bwd_parts(const NormBwd& a);
 
-// Enqueues the backward on `stream`. dweight_parts and dbias_parts hold norm_bwd_parts(a) x a.n floats, or are null with
-// their gradient; dweight and dbias hold a.n elements of their types.
+// Enqueues the backward on `stream`. dweight_parts and dbias_parts hold norm_bwd_parts(a) x a.n floats, or are null
+// with their gradient; dweight and dbias hold a.n elements of their types.
 struct NormParamGrads {
   float* dweight_parts;
   float* dbias_parts;

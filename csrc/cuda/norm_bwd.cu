@@ -104,7 +104,7 @@ __device__ __forceinline__ void store_parts(float* parts, int64_t n, const float
 
 // kWarpRows: a row is one warp's, kRowsPerBlock of them a block; else it is a block's.
 template <class T, int kVec, int kPacks, bool kCentered, bool kWarpRows>
-__global__ void __launch_bounds__(kWarpRows ? kWarp* kRowsPerBlock : kMaxThreads, 1)
+__global__ void __launch_bounds__(kWarpRows ? kWarp * kRowsPerBlock : kMaxThreads, 1)
     norm_bwd_registers(NormBwd a, float* dweight, float* dbias) {
   constexpr int kColumns = kVec * kPacks;
   const int n = static_cast<int>(a.n);
@@ -295,9 +295,9 @@ Plan plan_block_rows(const NormBwd& a) {
 template <class T, bool kCentered>
 Plan plan_typed(const NormBwd& a) {
   constexpr int kVec = kFullVec<T>;
-  const bool packs = a.n % kVec == 0 && a.x_stride % kVec == 0 && a.dy_stride % kVec == 0 && a.dsum_stride % kVec == 0 &&
-      is_aligned<T, kVec>(a.x) && is_aligned<T, kVec>(a.dy) && is_aligned<T, kVec>(a.dsum) &&
-      is_aligned<T, kVec>(a.dx) && is_aligned<float, 4>(a.weight);
+  const bool packs = a.n % kVec == 0 && a.x_stride % kVec == 0 && a.dy_stride % kVec == 0 &&
+                     a.dsum_stride % kVec == 0 && is_aligned<T, kVec>(a.x) && is_aligned<T, kVec>(a.dy) &&
+                     is_aligned<T, kVec>(a.dsum) && is_aligned<T, kVec>(a.dx) && is_aligned<float, 4>(a.weight);
   // Elements a thread: as few as let one warp hold the row, else 16; 32 where 16 bits each leave the registers for it.
   if (!packs && a.n <= 8 * kWarp) {
     return plan_warp_rows<T, 1, 8, kCentered>();

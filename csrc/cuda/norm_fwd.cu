@@ -1,8 +1,8 @@
 // Forward of LayerNorm and RMSNorm, with or without a residual addition before it. Arithmetic: math/norm.h. Reference:
 // fastllm/reference/_norm.py.
 //
-// A row belongs to one warp (up to 1024 elements) or to one block. Its elements stay in registers between the passes, so
-// that x is read once; rows too long for that (over 16,384 elements, or ragged ones over 4,096) are read again from
+// A row belongs to one warp (up to 1024 elements) or to one block. Its elements stay in registers between the passes,
+// so that x is read once; rows too long for that (over 16,384 elements, or ragged ones over 4,096) are read again from
 // the cache. Bytes that must move: x (and residual) once in, y (and sum) once out.
 #include "norm.h"
 
@@ -19,26 +19,23 @@ constexpr int kRowsPerBlock = 4;  // where a row is one warp's
 // A pack of x, with the residual added, rounded and stored as the sum.
 template <class T, int kVec>
 __device__ __forceinline__ Packed<T, kVec> load_input(const NormFwd& a, int64_t row, int64_t col) {
-  auto x = load_packed<T, kVec>(static_cast<const T*>(a.x) + row * a.x_stride + col);
-  if (a.residual != nullptr) {
-    const auto residual = load_packed<T, kVec>(static_cast<const T*>(a.residual) + row * a.residual_stride + col);
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) {
-      x.set(i, x.get(i) + residual.get(i));
-    }
-    store_packed<T, kVec>(static_cast<T*>(a.sum) + row * a.n + col, x);
+  const auto x = load_packed<T, kVec>(static_cast<const T*>(a.x) + row * a.x_stride + col);
+  if (a.residual == nullptr) {
+    return x;
   }
-  return x;
+  const auto residual = load_packed<T, kVec>(static_cast<const T*>(a.residual) + row * a.residual_stride + col);
+  Packed<T, kVec> sum;
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) {
+    sum.set(i, x.get(i) + residual.get(i));
+  }
+  store_packed<T, kVec>(static_cast<T*>(a.sum) + row * a.n + col, sum);
+  return sum;
 }
 
 template <class T, int kVec, bool kCentered>
 __device__ __forceinline__ void store_output(
-    const NormFwd& a,
-    int64_t row,
-    int64_t col,
-    const Packed<T, kVec>& x,
-    float mean,
-    float rstd) {
+    const NormFwd& a, int64_t row, int64_t col, const Packed<T, kVec>& x, float mean, float rstd) {
   float weight[kVec], bias[kVec];
   load_param<T>(weight, a.weight, a.weight_is_float, col, 1.0f);
   load_param<T>(bias, a.bias, a.bias_is_float, col, 0.0f);
@@ -191,8 +188,8 @@ template <class T, bool kCentered>
 void launch_typed(const NormFwd& a, cudaStream_t stream) {
   constexpr int kVec = kFullVec<T>;
   const bool packs = a.n % kVec == 0 && a.x_stride % kVec == 0 && is_aligned<T, kVec>(a.x) &&
-      a.residual_stride % kVec == 0 && is_aligned<T, kVec>(a.residual) && is_aligned<T, kVec>(a.y) &&
-      is_aligned<T, kVec>(a.sum) && is_aligned<float, 4>(a.weight) && is_aligned<float, 4>(a.bias);
+                     a.residual_stride % kVec == 0 && is_aligned<T, kVec>(a.residual) && is_aligned<T, kVec>(a.y) &&
+                     is_aligned<T, kVec>(a.sum) && is_aligned<float, 4>(a.weight) && is_aligned<float, 4>(a.bias);
   if (!packs) {
     return a.n <= 8 * kMaxThreads ? launch_registers<T, 1, 8, kCentered>(a, stream)
                                   : launch_loop<T, 1, kCentered>(a, stream);

@@ -104,9 +104,8 @@ inline Vec load(const Half* p) {
   float lane[kLanes];
   for (int i = 0; i < kLanes; ++i) {
     const uint32_t h = p[i].bits, magnitude = h & 0x7fffu;
-    const float value = magnitude >= 0x7c00u
-        ? from_bits(0x7f800000u | (magnitude & 0x3ffu) << 13)
-        : from_bits(magnitude << 13) * 0x1p112f;
+    const float value = magnitude >= 0x7c00u ? from_bits(0x7f800000u | (magnitude & 0x3ffu) << 13)
+                                             : from_bits(magnitude << 13) * 0x1p112f;
     lane[i] = from_bits(to_bits(value) | (h & 0x8000u) << 16);
   }
   return load(lane);

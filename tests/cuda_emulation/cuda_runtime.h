@@ -1,0 +1,77 @@
+// Stands in for the CUDA toolkit's headers, so that a C++ compiler can build csrc/cuda and a CPU can run it: slowly,
+// one block at a time, every thread a fiber that is switched at barriers and shuffles only. It knows what csrc/cuda
+// uses.
+//
+// What it finds that a GPU may hide: a shuffle or barrier that not all threads reach (an error), a missing barrier (the
+// result changes with the order in which threads run, see emulation_set_order). What it cannot find: anything about
+// memory models, streams or speed.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <functional>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __shared__ static  // blocks run one after the other
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+namespace emulation {
+
+struct Position {
+  dim3 thread, block, block_dim, grid_dim;
+};
+extern Position position;  // of the fiber that runs
+
+void barrier();
+float shuffle_xor(unsigned mask, float value, int lane_mask);
+void run(dim3 grid, dim3 block, const std::function<void()>& kernel);
+
+}  // namespace emulation
+
+#define threadIdx (::emulation::position.thread)
+#define blockIdx (::emulation::position.block)
+#define blockDim (::emulation::position.block_dim)
+#define gridDim (::emulation::position.grid_dim)
+
+inline void __syncthreads() {
+  emulation::barrier();
+}
+
+inline float __shfl_xor_sync(unsigned mask, float value, int lane_mask) {
+  return emulation::shuffle_xor(mask, value, lane_mask);
+}
+
+typedef struct CUstream_st* cudaStream_t;
+typedef int cudaError_t;
+constexpr cudaError_t cudaSuccess = 0;
+
+inline cudaError_t cudaGetLastError() {
+  return cudaSuccess;
+}
+
+namespace fastllm {
+
+template <class... Params, class... Args>
+void launch(void (*kernel)(Params...), dim3 grid, dim3 block, cudaStream_t, const Args&... args) {
+  emulation::run(grid, block, [&] { kernel(static_cast<Params>(args)...); });
+}
+
+// A small GPU, so that persistent grids have several rows a block.
+inline int multiprocessors() {
+  return 3;
+}
+
+template <class Kernel>
+int blocks_per_multiprocessor(Kernel, int) {
+  return 2;
+}
+
+}  // namespace fastllm

@@ -188,7 +188,7 @@ else:
         extensions.append(Extension("fastllm._C_cuda", [], language="c++"))
 
 setup(
-    packages=[*find_packages(include=["fastllm", "fastllm.*"]), "fastllm.kernels", "fastllm.benchmarks"],
+    packages=sorted({*find_packages(include=["fastllm", "fastllm.*"]), "fastllm.kernels", "fastllm.benchmarks"}),
     package_dir={"fastllm.kernels": "kernels", "fastllm.benchmarks": "benchmarks"},
     package_data={"fastllm": ["py.typed"], "fastllm.benchmarks": ["results/*.json"]},
     include_package_data=False,

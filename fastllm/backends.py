@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -81,6 +82,8 @@ class Explanation(list):
 
 _forced: str | None = None
 _explanation: Explanation | None = None
+_explaining: int | None = None  # the thread that `explain` runs in: the others compute
+_explain_lock = threading.Lock()
 _slow_path = False  # a backend is forced, or `explain` listens: one test in the hot path instead of two
 
 
@@ -150,7 +153,10 @@ class Op:
 
     def __call__(self, *args):
         if _slow_path:
-            return self._explain(*args) if _explanation is not None else self._run_forced(*args)
+            if _explanation is not None and _explaining == threading.get_ident():
+                return self._explain(*args)
+            if _forced is not None:
+                return self._run_forced(*args)
         return self.call(*args)
 
     def candidates(self, *args) -> Iterator[tuple[Backend, str | None]]:
@@ -200,7 +206,8 @@ class Op:
 
 
 def _set_state(forced: str | None, explanation: Explanation | None) -> None:
-    global _forced, _explanation, _slow_path
+    global _forced, _explanation, _explaining, _slow_path
+    _explaining = None if explanation is None else threading.get_ident()
     _forced, _explanation, _slow_path = forced, explanation, forced is not None or explanation is not None
 
 
@@ -245,13 +252,13 @@ def explain(op: str | Callable, *args, **kwargs) -> Explanation:
             raise ValueError(f"explain: unknown op {op!r}; known are {', '.join(ops.__all__)}")
         op = getattr(ops, op)
     explanation = Explanation()
-    before = _explanation
-    _set_state(_forced, explanation)
-    try:
-        with torch.no_grad():
-            op(*args, **kwargs)
-    finally:
-        _set_state(_forced, before)
+    with _explain_lock:
+        _set_state(_forced, explanation)
+        try:
+            with torch.no_grad():
+                op(*args, **kwargs)
+        finally:
+            _set_state(_forced, None)
     return explanation
 
 

@@ -1,4 +1,5 @@
-// Row kernels of LayerNorm and RMSNorm. A row is read from memory once: its later passes find it in the cache.
+// Row kernels of LayerNorm and RMSNorm. A row is read from memory once: its later passes find it in the cache. The last
+// pass, which would leave the memory idle but for what it writes, fetches the next row.
 #include "../norm_rows.h"
 #include "../../math/norm.h"
 #include "vec.h"
@@ -62,7 +63,14 @@ void fwd_rows(const NormFwd& a, int64_t begin, int64_t end) {
     const float rstd = norm_rstd(sum_of_squares, static_cast<float>(n), a.eps);
     a.rstd[row] = rstd;
 
+    const int64_t next = row + 1 < end ? row + 1 : row;
+    const T* next_x = static_cast<const T*>(a.x) + next * a.x_stride;
+    const T* next_residual = static_cast<const T*>(a.residual) + next * a.residual_stride;
     for_each_vector(n, [&](int64_t i, auto... count) {
+      prefetch(next_x + i);
+      if (a.residual != nullptr) {
+        prefetch(next_residual + i);
+      }
       Vec v = norm_xhat<kCentered>(load(x + i, count...), mean, rstd);
       if (weight != nullptr) {
         v = v * load(weight + i, count...);
@@ -106,7 +114,12 @@ void bwd_rows(const NormBwd& a, int64_t begin, int64_t end, float* dweight, floa
     const float mean_g = sum(sum_g) / static_cast<float>(n);
     const float mean_gx = sum(sum_gx) / static_cast<float>(n);
 
+    const int64_t next = row + 1 < end ? row + 1 : row;
+    const T* next_dy = static_cast<const T*>(a.dy) + next * a.dy_stride;
+    const T* next_x = static_cast<const T*>(a.x) + next * a.x_stride;
     for_each_vector(n, [&](int64_t i, auto... count) {
+      prefetch(next_dy + i);
+      prefetch(next_x + i);
       const Vec d = load(dy + i, count...);
       const Vec xhat = norm_xhat<kCentered>(load(x + i, count...), mean, rstd);
       const Vec g = weight != nullptr ? d * load(weight + i, count...) : d;

@@ -130,6 +130,11 @@ inline void store(Half* p, Vec v) {
 }
 #endif
 
+// Starts to fetch the cache line at p, into the second level: the first is full of the row in hand.
+inline void prefetch(const void* p) {
+  __builtin_prefetch(p, 0, 2);
+}
+
 // The first `count` lanes only; the others read as zero.
 template <class T>
 inline Vec load(const T* p, int64_t count) {

@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import os
+
+# Before torch starts its threads: by default they spin while they wait, which multiplies the time on a busy machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 

@@ -33,6 +33,16 @@ __device__ __forceinline__ Packed<T, kVec> load_input(const NormFwd& a, int64_t 
   return sum;
 }
 
+// The row's first element, as load_input gives it: the mean is summed from there (math/norm.h).
+template <class T>
+__device__ __forceinline__ float load_first(const NormFwd& a, int64_t row) {
+  const float x = to_float(static_cast<const T*>(a.x)[row * a.x_stride]);
+  if (a.residual == nullptr) {
+    return x;
+  }
+  return to_float(from_float<T>(x + to_float(static_cast<const T*>(a.residual)[row * a.residual_stride])));
+}
+
 template <class T, int kVec, bool kCentered>
 __device__ __forceinline__ void store_output(
     const NormFwd& a, int64_t row, int64_t col, const Packed<T, kVec>& x, float mean, float rstd) {
@@ -74,18 +84,19 @@ __global__ void __launch_bounds__(kMaxThreads, 1) norm_fwd_registers(NormFwd a) 
     }
     float mean = 0.0f;
     if constexpr (kCentered) {
+      const float first = load_first<T>(a, row);
       float total[1] = {};
 #pragma unroll
       for (int p = 0; p < kPacks; ++p) {
         if ((static_cast<int64_t>(p) * blockDim.x + threadIdx.x) * kVec < a.n) {
 #pragma unroll
           for (int i = 0; i < kVec; ++i) {
-            total[0] += x[p].get(i);
+            total[0] += x[p].get(i) - first;
           }
         }
       }
       row_sum(total, scratch[0]);
-      mean = total[0] / n;
+      mean = first + total[0] / n;
     }
     float squares[1] = {};
 #pragma unroll
@@ -129,17 +140,18 @@ __global__ void __launch_bounds__(kMaxThreads, 1) norm_fwd_loop(NormFwd a) {
     const T* x = summed ? static_cast<const T*>(a.sum) + row * a.n : static_cast<const T*>(a.x) + row * a.x_stride;
     float mean = 0.0f;
     if (kCentered || summed) {
+      const float origin = load_first<T>(a, row);
       float total[1] = {};
       for (int64_t col = first; col < a.n; col += step) {
         const auto packed = load_input<T, kVec>(a, row, col);
 #pragma unroll
         for (int i = 0; i < kVec; ++i) {
-          total[0] += packed.get(i);
+          total[0] += packed.get(i) - origin;
         }
       }
       if constexpr (kCentered) {
         row_sum(total, scratch[0]);
-        mean = total[0] / n;
+        mean = origin + total[0] / n;
       }
     }
     float squares[1] = {};

@@ -1,11 +1,14 @@
 // The arithmetic of LayerNorm and RMSNorm, forward and backward, written once for the CPU and the GPU.
 //
-//   LayerNorm (centered):  mean = sum(x) / n,  rstd = 1 / sqrt(sum((x - mean)^2) / n + eps)
+//   LayerNorm (centered):  mean = x[0] + sum(x - x[0]) / n,  rstd = 1 / sqrt(sum((x - mean)^2) / n + eps)
 //   RMSNorm:               mean = 0,           rstd = 1 / sqrt(sum(x^2) / n + eps)
 //
 //   xhat = (x - mean) * rstd            y  = xhat * w + b
 //   g    = dy * w                       dx = rstd * (g - mean(g) - xhat * mean(g * xhat)),  mean(g) only if centered
 //   dw   = sum over rows of dy * xhat   db = sum over rows of dy
+//
+// The mean is summed from the row's first element up, which makes it exact for constant rows and better for all rows
+// whose mean is large beside their deviation.
 //
 // V is float, or a SIMD vector of floats on the CPU. Reference: fastllm/reference/_norm.py.
 #pragma once

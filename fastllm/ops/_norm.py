@@ -32,7 +32,6 @@ def validate(
     normalized_shape: Sequence[int],
     weight: Tensor | None,
     bias: Tensor | None = None,
-    residual: Tensor | None = None,
 ) -> int:
     """Checks a norm's arguments and returns the number of normalized dimensions.
 
@@ -62,16 +61,23 @@ def validate(
             raise ValueError(f"{name}: {label} must have shape {shape}, got {tuple(parameter.shape)}")
         if parameter.device != input.device:
             raise ValueError(f"{name}: input is on {input.device}, {label} on {parameter.device}")
-    if residual is not None:
-        if not isinstance(residual, Tensor):
-            raise TypeError(f"{name}: residual must be a tensor, got {type(residual).__name__}")
-        if not residual.dtype.is_floating_point:
-            raise TypeError(f"{name}: residual must have a floating dtype, got {residual.dtype}")
-        if residual.shape != input.shape:
-            raise ValueError(f"{name}: residual must have shape {tuple(input.shape)}, got {tuple(residual.shape)}")
-        if residual.device != input.device:
-            raise ValueError(f"{name}: input is on {input.device}, residual on {residual.device}")
     return ndim
+
+
+def validate_residual(name: str, input: Tensor, residual: Tensor) -> None:
+    """Checks the second argument of the add-norms, once the first is known to be good.
+
+    Raises:
+        TypeError, ValueError: as `validate`.
+    """
+    if not isinstance(residual, Tensor):
+        raise TypeError(f"{name}: residual must be a tensor, got {type(residual).__name__}")
+    if not residual.dtype.is_floating_point:
+        raise TypeError(f"{name}: residual must have a floating dtype, got {residual.dtype}")
+    if residual.shape != input.shape:
+        raise ValueError(f"{name}: residual must have shape {tuple(input.shape)}, got {tuple(residual.shape)}")
+    if residual.device != input.device:
+        raise ValueError(f"{name}: input is on {input.device}, residual on {residual.device}")
 
 
 def runs_in_float32(x: Tensor) -> bool:

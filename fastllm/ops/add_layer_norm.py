@@ -85,7 +85,8 @@ def add_layer_norm(
         TypeError: for a dtype that is not floating, or a normalized_shape that is no sequence.
         ValueError: for shapes or devices that do not fit; residual is not broadcast.
     """
-    ndim = _norm.validate("add_layer_norm", input, normalized_shape, weight, bias, residual)
+    ndim = _norm.validate("add_layer_norm", input, normalized_shape, weight, bias)
+    _norm.validate_residual("add_layer_norm", input, residual)
     input, residual = _norm.promote(input, residual)
     if _norm.runs_in_float32(input):  # autocast rounds the sum to 16 bits and normalizes it in float32
         total = input + residual

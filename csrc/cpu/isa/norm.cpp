@@ -8,6 +8,8 @@ namespace fastllm::FASTLLM_ISA {
 
 namespace {
 
+constexpr int64_t kBlock = 2048;  // elements summed before they are added to the row's total
+
 template <bool kCentered, class T>
 void fwd_rows(const NormFwd& a, int64_t begin, int64_t end) {
   const int64_t n = a.n;
@@ -17,31 +19,34 @@ void fwd_rows(const NormFwd& a, int64_t begin, int64_t end) {
     const T* x = static_cast<const T*>(a.x) + row * a.x_stride;
     T* y = static_cast<T*>(a.y) + row * n;
 
-    // Four chains of sums hide the latency of the additions.
-    Vec acc[4] = {};
+    // Four chains of sums hide the latency of the additions; blocks keep each chain short, and so its rounding errors.
     auto accumulate = [&](auto term) {
-      int64_t i = 0;
-      for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
-        acc[0] += term(i);
-        acc[1] += term(i + kLanes);
-        acc[2] += term(i + 2 * kLanes);
-        acc[3] += term(i + 3 * kLanes);
+      Vec total = {};
+      for (int64_t start = 0; start < n; start += kBlock) {
+        const int64_t stop = start + kBlock < n ? start + kBlock : n;
+        Vec acc[4] = {};
+        int64_t i = start;
+        for (; i + 4 * kLanes <= stop; i += 4 * kLanes) {
+          acc[0] += term(i);
+          acc[1] += term(i + kLanes);
+          acc[2] += term(i + 2 * kLanes);
+          acc[3] += term(i + 3 * kLanes);
+        }
+        for (; i + kLanes <= stop; i += kLanes) {
+          acc[0] += term(i);
+        }
+        if (i < stop) {
+          acc[1] += term(i, stop - i);
+        }
+        total += (acc[0] + acc[1]) + (acc[2] + acc[3]);
       }
-      for (; i + kLanes <= n; i += kLanes) {
-        acc[0] += term(i);
-      }
-      if (i < n) {
-        acc[1] += term(i, n - i);
-      }
-      const float total = sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
-      acc[0] = acc[1] = acc[2] = acc[3] = Vec{};
-      return total;
+      return sum(total);
     };
 
     if (a.residual != nullptr) {
       const T* residual = static_cast<const T*>(a.residual) + row * a.residual_stride;
       T* total = static_cast<T*>(a.sum) + row * n;
-      for_each_vector(n, [&](int64_t i, auto... count) {
+      for_each_vector(0, n, [&](int64_t i, auto... count) {
         store(total + i, load(x + i, count...) + load(residual + i, count...), count...);
       });
       x = total;
@@ -49,15 +54,14 @@ void fwd_rows(const NormFwd& a, int64_t begin, int64_t end) {
 
     float mean = 0.0f;
     if constexpr (kCentered) {
-      mean = accumulate([&](int64_t i, auto... count) { return load(x + i, count...); }) / static_cast<float>(n);
+      const float first = load(x, 1)[0];
+      const float sum =
+          accumulate([&](int64_t i, auto... count) { return inside(load(x + i, count...) - first, count...); });
+      mean = first + sum / static_cast<float>(n);
       a.mean[row] = mean;
     }
-    // Lanes past the end must not count as (0 - mean)^2, hence the subtraction of the mean from whole vectors only.
     const float sum_of_squares = accumulate([&](int64_t i, auto... count) {
-      Vec d = norm_center<kCentered>(load(x + i, count...), mean);
-      if constexpr (kCentered && sizeof...(count) > 0) {
-        d = first_lanes(d, count...);
-      }
+      const Vec d = inside(norm_center<kCentered>(load(x + i, count...), mean), count...);
       return d * d;
     });
     const float rstd = norm_rstd(sum_of_squares, static_cast<float>(n), a.eps);
@@ -66,7 +70,7 @@ void fwd_rows(const NormFwd& a, int64_t begin, int64_t end) {
     const int64_t next = row + 1 < end ? row + 1 : row;
     const T* next_x = static_cast<const T*>(a.x) + next * a.x_stride;
     const T* next_residual = static_cast<const T*>(a.residual) + next * a.residual_stride;
-    for_each_vector(n, [&](int64_t i, auto... count) {
+    for_each_vector(0, n, [&](int64_t i, auto... count) {
       prefetch(next_x + i);
       if (a.residual != nullptr) {
         prefetch(next_residual + i);
@@ -96,28 +100,33 @@ void bwd_rows(const NormBwd& a, int64_t begin, int64_t end, float* dweight, floa
     const float rstd = a.rstd[row];
 
     Vec sum_g = {}, sum_gx = {};
-    for_each_vector(n, [&](int64_t i, auto... count) {
-      const Vec d = load(dy + i, count...);  // zero past the end, so those lanes add nothing to any sum
-      const Vec xhat = norm_xhat<kCentered>(load(x + i, count...), mean, rstd);
-      const Vec g = weight != nullptr ? d * load(weight + i, count...) : d;
-      sum_gx += g * xhat;
-      if constexpr (kCentered) {
-        sum_g += g;
-      }
-      if (dweight != nullptr) {
-        store(dweight + i, load(dweight + i, count...) + d * xhat, count...);
-      }
-      if (dbias != nullptr) {
-        store(dbias + i, load(dbias + i, count...) + d, count...);
-      }
-    });
+    for (int64_t start = 0; start < n; start += kBlock) {
+      Vec block_g = {}, block_gx = {};
+      for_each_vector(start, start + kBlock < n ? start + kBlock : n, [&](int64_t i, auto... count) {
+        const Vec d = load(dy + i, count...);  // zero past the end, so those lanes add nothing to any sum
+        const Vec xhat = norm_xhat<kCentered>(load(x + i, count...), mean, rstd);
+        const Vec g = weight != nullptr ? d * load(weight + i, count...) : d;
+        block_gx += g * xhat;
+        if constexpr (kCentered) {
+          block_g += g;
+        }
+        if (dweight != nullptr) {
+          store(dweight + i, load(dweight + i, count...) + d * xhat, count...);
+        }
+        if (dbias != nullptr) {
+          store(dbias + i, load(dbias + i, count...) + d, count...);
+        }
+      });
+      sum_g += block_g;
+      sum_gx += block_gx;
+    }
     const float mean_g = sum(sum_g) / static_cast<float>(n);
     const float mean_gx = sum(sum_gx) / static_cast<float>(n);
 
     const int64_t next = row + 1 < end ? row + 1 : row;
     const T* next_dy = static_cast<const T*>(a.dy) + next * a.dy_stride;
     const T* next_x = static_cast<const T*>(a.x) + next * a.x_stride;
-    for_each_vector(n, [&](int64_t i, auto... count) {
+    for_each_vector(0, n, [&](int64_t i, auto... count) {
       prefetch(next_dy + i);
       prefetch(next_x + i);
       const Vec d = load(dy + i, count...);

@@ -150,22 +150,26 @@ inline void store(T* p, Vec v, int64_t count) {
   __builtin_memcpy(p, buffer, sizeof(T) * count);
 }
 
-inline Vec first_lanes(Vec v, int64_t count) {
+// v without what stands past the end of a row, the lanes from `count` on.
+inline Vec inside(Vec v) {
+  return v;
+}
+inline Vec inside(Vec v, int64_t count) {
   for (int i = static_cast<int>(count); i < kLanes; ++i) {
     v[i] = 0.0f;
   }
   return v;
 }
 
-// Calls f(offset, count) for every vector of a row of n elements: f(offset) for the whole ones, f(offset, rest) last.
+// Calls f for every vector of the elements [begin, end): f(offset) for the whole ones, f(offset, rest) for the last.
 template <class F>
-inline void for_each_vector(int64_t n, F f) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
+inline void for_each_vector(int64_t begin, int64_t end, F f) {
+  int64_t i = begin;
+  for (; i + kLanes <= end; i += kLanes) {
     f(i);
   }
-  if (i < n) {
-    f(i, n - i);
+  if (i < end) {
+    f(i, end - i);
   }
 }
 

@@ -1,0 +1,287 @@
+"""How an op is tested: an error budget against a float64 truth, and inputs that are hard on kernels.
+
+    args = (make((4, 127), torch.bfloat16, layout="transposed"), (127,), make((127,), torch.float32, seed=1))
+    check_op(ops.rms_norm, torch.nn.functional.rms_norm, args)
+
+The rule is one for every op, dtype and shape, so that no test has a tolerance of its own:
+
+    max|kernel - truth| <= 2 max|eager - truth| + floor
+
+where truth is the op's reference in float64, eager the stock PyTorch function in the dtype of the call, and floor the
+rounding that no implementation can avoid (`rounding_floor`). It holds for each output and each gradient.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastllm import backends
+
+ODD_SIZES = (1, 3, 127, 129, 1000)
+"""Sizes beside those that vectors, warps and blocks like."""
+
+LAYOUTS = ("contiguous", "transposed", "sliced", "strided", "expanded", "scalar", "misaligned")
+"""What `make` lays out:
+
+transposed: the order of the dimensions in memory is reversed.
+sliced: dense rows with a gap between them.
+strided: every second element of a row.
+expanded: stride 0 in the first dimension.
+scalar: stride 0 in every dimension, as the gradient that `.sum()` sends back.
+misaligned: contiguous, but starts one element past where the allocation does.
+"""
+
+# Arithmetic inside a kernel that the eager function may happen to round otherwise.
+FLOOR_ROUNDINGS = 8
+
+
+def make(
+    shape: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+    layout: str = "contiguous",
+) -> Tensor:
+    """Draws a tensor from the standard normal distribution, laid out in memory as one of `LAYOUTS`.
+
+    Raises:
+        ValueError: for an unknown layout.
+    """
+    shape = tuple(shape)
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def draw(*size: int) -> Tensor:
+        # Every dtype rounds the same values.
+        drawn = torch.float64 if dtype == torch.float64 else torch.float32
+        return torch.randn(size, generator=generator, device=device, dtype=drawn).to(dtype)
+
+    if layout == "contiguous" or not shape:
+        return draw(*shape)
+    if layout == "transposed":
+        return draw(*reversed(shape)).permute(*reversed(range(len(shape))))
+    if layout == "sliced":
+        return draw(*shape[:-1], shape[-1] + 3)[..., : shape[-1]]
+    if layout == "strided":
+        return draw(*shape[:-1], 2 * shape[-1])[..., ::2]
+    if layout == "expanded":
+        return draw(1, *shape[1:]).expand(shape)
+    if layout == "scalar":
+        return draw().expand(shape)
+    if layout == "misaligned":
+        return draw(1 + torch.Size(shape).numel())[1:].view(shape)
+    raise ValueError(f"make: unknown layout {layout!r}; known are {', '.join(LAYOUTS)}")
+
+
+@contextlib.contextmanager
+def poisoned_allocations() -> Iterator[None]:
+    """Fills every tensor that is allocated inside and not initialized with NaN (integers: the largest value).
+
+    Output elements that a kernel does not write then show, whatever the allocation held before. It reaches
+    `torch.empty` and its like from Python, from ATen and from kernels on the stable ABI.
+    """
+    algorithms = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    deterministic: Any = torch.utils.deterministic  # its attribute is a property that type checkers do not see
+    fill = deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(algorithms[0], warn_only=algorithms[1])
+        deterministic.fill_uninitialized_memory = fill
+
+
+def _norm_sample(draw: Callable[..., Tensor], *, added: bool, biased: bool) -> tuple[tuple, dict[str, Any]]:
+    activations = [draw(3, 8) for _ in range(1 + added)]
+    return (*activations, (8,), *(draw(8) for _ in range(1 + biased))), {}
+
+
+# One small valid call of each op, from a function that draws a tensor of a shape.
+_SAMPLES: dict[str, Callable[[Callable[..., Tensor]], tuple[tuple, dict[str, Any]]]] = {
+    "layer_norm": functools.partial(_norm_sample, added=False, biased=True),
+    "rms_norm": functools.partial(_norm_sample, added=False, biased=False),
+    "add_layer_norm": functools.partial(_norm_sample, added=True, biased=True),
+    "add_rms_norm": functools.partial(_norm_sample, added=True, biased=False),
+}
+
+
+def sample(
+    op: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0
+) -> tuple[tuple, dict[str, Any]]:
+    """Returns (args, kwargs) of a small valid call of `fastllm.ops.<op>`, with every optional tensor.
+
+    Raises:
+        ValueError: for an unknown op.
+    """
+    if op not in _SAMPLES:
+        raise ValueError(f"sample: unknown op {op!r}; known are {', '.join(_SAMPLES)}")
+    seeds = iter(range(seed, seed + 1000))
+    return _SAMPLES[op](lambda *shape: make(shape, dtype, device, next(seeds)))
+
+
+def outputs_of(result: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """What an op returned, as a tuple."""
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+def _differentiable(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype.is_floating_point
+
+
+def gradients(
+    fn: Callable, args: Sequence[Any], kwargs: Mapping[str, Any] | None, cotangents: Sequence[Tensor]
+) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
+    """Calls `fn` on leaves that share the arguments' memory and differentiates it.
+
+    Args:
+        fn: returns a tensor or a sequence of tensors.
+        args, kwargs: every floating tensor among them is differentiated.
+        cotangents: one for each output, rounded to its dtype.
+
+    Returns:
+        The outputs, detached, and the gradients of the floating tensors in the order of args and kwargs; None for one
+        that no output depends on.
+    """
+    kwargs = kwargs or {}
+    values = [v.detach().requires_grad_() if _differentiable(v) else v for v in (*args, *kwargs.values())]
+    leaves = [value for value in values if _differentiable(value)]
+    outputs = outputs_of(fn(*values[: len(args)], **dict(zip(kwargs, values[len(args) :], strict=True))))
+    cotangents = [cotangent.to(output.dtype) for cotangent, output in zip(cotangents, outputs, strict=True)]
+    grads = torch.autograd.grad(outputs, leaves, cotangents, allow_unused=True) if leaves else ()
+    return tuple(output.detach() for output in outputs), grads
+
+
+def rounding_floor(truth: Tensor, dtype: torch.dtype) -> float:
+    """The error that an implementation may have where eager has none, for a result of this dtype.
+
+    One rounding of the largest element to `dtype`, and `FLOOR_ROUNDINGS` roundings of the dtype that sums are
+    accumulated in (float32, or float64 for float64); near zero, that many of the smallest subnormal.
+    """
+    finite = truth[truth.isfinite()].abs()
+    largest = float(finite.max()) if finite.numel() else 0.0
+    result, sums = torch.finfo(dtype), torch.finfo(torch.promote_types(dtype, torch.float32))
+    subnormal = result.smallest_normal * result.eps
+    return largest * (result.eps + FLOOR_ROUNDINGS * sums.eps) / 2 + FLOOR_ROUNDINGS * subnormal
+
+
+def _kind(x: Tensor) -> Tensor:
+    """0 finite, 1 infinity, 2 minus infinity, 3 NaN."""
+    return x.isposinf() + 2 * x.isneginf() + 3 * x.isnan()
+
+
+def assert_within_budget(
+    kernel: Tensor, truth: Tensor, eager: Tensor, *, floor: float | None = None, name: str = "output"
+) -> None:
+    """Asserts max|kernel - truth| <= 2 max|eager - truth| + floor, and that infinities and NaN are where they belong.
+
+    They belong where truth, rounded to the kernel's dtype, has them, or where eager has them (whose intermediate
+    results may overflow). Only elements that are finite in both are compared.
+
+    Args:
+        kernel: what is tested.
+        truth: the same in float64.
+        eager: the same by stock PyTorch; rounded to the kernel's dtype if it has another.
+        floor: default `rounding_floor(truth, kernel.dtype)`.
+        name: what the message calls it.
+
+    Raises:
+        AssertionError: with the worst element's index and values, and the budget.
+    """
+    dtype = kernel.dtype
+    what = f"{name} {str(dtype).removeprefix('torch.')} {tuple(kernel.shape)}"
+    for label, other in (("truth", truth), ("eager", eager)):
+        if other.shape != kernel.shape:
+            raise AssertionError(f"{what}: {label} has shape {tuple(other.shape)}")
+    eager = eager.to(dtype).double()
+    kinds = _kind(truth.to(dtype)), _kind(eager)
+    truth, result = truth.double(), kernel.double()
+
+    def values(index: int) -> str:
+        place = tuple(int(i) for i in torch.unravel_index(torch.tensor(index), kernel.shape))
+        k, t, e = (float(x.flatten()[index]) for x in (result, truth, eager))
+        return f"at {place}: kernel {k:.9g}, truth {t:.9g}, eager {e:.9g}"
+
+    misplaced = (_kind(result) != kinds[0]) & (_kind(result) != kinds[1])
+    if misplaced.any():
+        index = int(misplaced.flatten().int().argmax())
+        count = int(misplaced.sum())
+        raise AssertionError(f"{what}: {count} infinities or NaN too many or too few, the first {values(index)}")
+    error = torch.where(result.isfinite() & truth.isfinite(), result - truth, 0).abs()
+    if not error.numel():
+        return
+    rival = float(torch.where(eager.isfinite() & truth.isfinite(), eager - truth, 0).abs().max())
+    if floor is None:
+        floor = rounding_floor(truth, dtype)
+    budget = 2 * rival + floor
+    index = int(error.argmax())
+    if not float(error.max()) <= budget:
+        raise AssertionError(
+            f"{what}: error {float(error.max()):.3g} over the budget {budget:.3g} = 2 x {rival:.3g} (eager's error) + "
+            f"{floor:.3g} (floor) {values(index)}"
+        )
+
+
+def _same_dtype(fn: Callable) -> Callable:
+    """Stock functions refuse most mixes of dtypes: on a mix, runs `fn` in the dtype that its tensors promote to."""
+
+    def promoted(*args: Any, **kwargs: Any) -> Any:
+        dtypes = {value.dtype for value in (*args, *kwargs.values()) if _differentiable(value)}
+        if len(dtypes) < 2:
+            return fn(*args, **kwargs)
+        dtype = functools.reduce(torch.promote_types, dtypes)
+        args = tuple(arg.to(dtype) if _differentiable(arg) else arg for arg in args)
+        return fn(*args, **{key: value.to(dtype) if _differentiable(value) else value for key, value in kwargs.items()})
+
+    return promoted
+
+
+def check_op(
+    op: Callable,
+    eager: Callable,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    grad_layout: str = "contiguous",
+    seed: int = 1000,
+) -> None:
+    """Asserts that an op's outputs and the gradients of all its floating tensor arguments are within budget.
+
+    Args:
+        op: a function of `fastllm.ops`. The truth is what it computes on its reference from the arguments in float64.
+        eager: the stock PyTorch function with the same arguments and outputs. Where dtypes are mixed it runs in the one
+            that they promote to.
+        args, kwargs: of the call.
+        grad_layout: the layout of the gradients that come in, one of `LAYOUTS`.
+        seed: of the gradients that come in.
+
+    Raises:
+        AssertionError: with the op, the tensor, the worst element and the budget.
+    """
+    kwargs = dict(kwargs or {})
+    with torch.no_grad():
+        outputs = outputs_of(op(*args, **kwargs))
+    device = outputs[0].device
+    cotangents = [make(out.shape, out.dtype, device, seed + i, grad_layout) for i, out in enumerate(outputs)]
+    kernel = gradients(op, args, kwargs, cotangents)
+    stock = gradients(_same_dtype(eager), args, kwargs, cotangents)
+    with backends.use_backend("reference"):
+        double = [arg.double() if _differentiable(arg) else arg for arg in args]
+        double_kwargs = {key: value.double() if _differentiable(value) else value for key, value in kwargs.items()}
+        truth = gradients(op, double, double_kwargs, [cotangent.double() for cotangent in cotangents])
+
+    name = getattr(op, "__name__", "op")
+    bound = inspect.signature(op).bind(*args, **kwargs).arguments
+    labels = [f"output {i}" for i in range(len(outputs))]
+    labels += [f"gradient of {key}" for key, value in bound.items() if _differentiable(value)]
+    for label, k, t, e in zip(labels, *([*outs, *grads] for outs, grads in (kernel, truth, stock)), strict=True):
+        if k is None or t is None or e is None:
+            assert k is t is e, f"{name}: {label}: only some of kernel, truth and eager depend on it"
+            continue
+        assert_within_budget(k, t, e, name=f"{name}: {label}")

@@ -1,0 +1,192 @@
+"""The command line, end to end."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastllm import cli, ops
+
+ROOT = Path(__file__).parent.parent
+SMALL = "--context 16 --layers 2 --heads 2 --width 32 --vocab-size 300 --steps 8 --batch-size 4 --warmup 2 --device cpu"
+
+
+def run(*args: str, cwd: Path) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "fastllm", *args],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Has text.txt, and in run/ what `fastllm train` made of it."""
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "text.txt").write_text("".join(f"{n} squared is {n * n}.\n" for n in range(400)))
+    result = run("train", "--text", "text.txt", "--out", "run", *SMALL.split(), cwd=folder)
+    assert result.returncode == 0, result.stderr
+    assert "tokens to train on" in result.stdout
+    assert result.stdout.splitlines()[-1] == "run/checkpoint-8"
+    assert re.search(r"8/8 .*loss=\d", result.stderr), "the progress bar"
+    return folder
+
+
+def test_train_then_eval_then_generate(folder):
+    result = run("eval", "run", "--text", "text.txt", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    match = re.fullmatch(
+        r"loss ([\d.]+) nats/token, perplexity ([\d.]+), ([\d.]+) bits/byte, ([\d,]+) tokens\n", result.stdout
+    )
+    assert 3 < float(match[1]) < 5.7
+    outputs = [
+        run(
+            "generate",
+            "run/checkpoint-8",
+            "--prompt",
+            "12 squared",
+            "--max-new-tokens",
+            "8",
+            "--seed",
+            seed,
+            cwd=folder,
+        )
+        for seed in ("1", "1", "2")
+    ]
+    assert outputs[0].stdout.startswith("12 squared")
+    assert outputs[0].stdout == outputs[1].stdout != outputs[2].stdout
+
+
+def test_resume_goes_on(folder, capsys):
+    args = ["train", "--text", str(folder / "text.txt"), "--out", str(folder / "run"), "--resume"]
+    assert cli.main([*args, "--steps", "10"]) == 0
+    output = capsys.readouterr().out
+    assert "resumed at step 8" in output
+    assert output.rstrip().endswith("checkpoint-10")
+    assert cli.main([*args, "--width", "64"]) == 1
+    assert "--width 64 differs from the 32 of" in capsys.readouterr().err
+    assert cli.main([*args, "--preset", "gpt2"]) == 1
+    assert "--preset cannot be given with --resume" in capsys.readouterr().err
+
+
+def test_backends_train_alike(folder, capsys, monkeypatch):
+    from fastllm.backends import Op
+    from fastllm.trainer.log import read_metrics
+
+    forced = []
+    run_forced = Op._run_forced
+    monkeypatch.setattr(Op, "_run_forced", lambda op, *args: forced.append(op.name) or run_forced(op, *args))
+    losses = []
+    for name, more in (("fast", []), ("slow", ["--backend", "reference"])):
+        out = folder / name
+        args = [
+            "train",
+            "--text",
+            str(folder / "text.txt"),
+            "--out",
+            str(out),
+            *SMALL.split(),
+            "--preset",
+            "gpt2",
+            *more,
+        ]
+        assert cli.main(args) == 0
+        losses.append([row["loss"] for row in read_metrics(out / "metrics.csv")])
+        assert bool(forced) == bool(more)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert "add_layer_norm_bwd" in forced
+
+
+def test_info(folder):
+    result = run("info", "--json", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["versions"]["torch"]
+    assert set(report["extensions"]) == {"cpu", "cuda"}
+    assert set(report["backends"]["cpu"]) == set(ops.__all__)
+    for candidates in report["backends"]["cpu"].values():
+        for step in {line["step"] for line in candidates}:
+            lines = [line for line in candidates if line["step"] == step]
+            assert sum(line["chosen"] for line in lines) == 1
+            assert all(line["reason"] for line in lines if line["backend"] == "cuda")
+    text = run("info", cwd=folder).stdout
+    for word in ("versions", "cpu", "gpu", "on cpu, float32", *ops.__all__):
+        assert word in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ("", 2, "the following arguments are required: COMMAND"),
+        ("fly", 2, "invalid choice: 'fly'"),
+        ("train", 2, "the following arguments are required: --text"),
+        ("train --text text.txt --layers two", 2, "argument --layers: invalid int value: 'two'"),
+        ("train --text text.txt --speed 3", 2, "unrecognized arguments: --speed 3"),
+        ("train --text nowhere.txt", 1, "nowhere.txt: No such file or directory"),
+        ("train --text binary", 1, "binary is not UTF-8 text: byte 0xff at offset 0"),
+        ("train --text text.txt --width 33 --out new", 1, "heads must divide width, got heads=4, width=33"),
+        ("train --text text.txt --vocab-size 9 --out new", 1, "vocab_size must be at least 257"),
+        ("train --text text.txt --context 9999 --out new", 1, "needs 10000 tokens, the text has only"),
+        ("train --text text.txt --validation 2", 1, "must be in (0, 1), got 2.0"),
+        ("train --text text.txt --out new --resume", 1, "no checkpoint at new"),
+        ("train --text text.txt --backend warp", 1, "unknown backend 'warp'"),
+        ("train --text text.txt --out run", 1, "is there already: resume it, or choose another directory"),
+        ("train --text text.txt --lr inf --out new", 1, "lr must be finite"),
+        ("train --text text.txt --device tpu9 --out new", 1, "unknown device 'tpu9'"),
+        ("eval nowhere --text text.txt", 1, "no checkpoint at nowhere"),
+        ("generate run --prompt 1 --max-new-tokens 99", 1, "99 new ones do not fit into the context of 16"),
+        ("generate run --prompt 1 --top-p 2", 1, "top_p must be in (0, 1], got 2.0"),
+        ("generate run --prompt 1 --backend triton", 1, "has no backend 'triton'"),
+    ],
+)
+def test_errors_are_one_line(folder, monkeypatch, capsys, arguments, code, message):
+    monkeypatch.chdir(folder)
+    (folder / "binary").write_bytes(b"\xff\xfe")
+    try:
+        result = cli.main(arguments.split())
+    except SystemExit as exit:
+        result = exit.code
+    error = capsys.readouterr().err
+    assert result == code
+    assert error.startswith("fastllm: error: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (folder / "new").exists()
+
+
+def test_long_prompts_are_an_error(folder, capsys):
+    assert cli.main(["generate", str(folder / "run"), "--prompt", "1 2 3 " * 30]) == 1
+    assert "tokens fill the context of 16" in capsys.readouterr().err
+    assert cli.main(["generate", str(folder / "run"), "--prompt", ""]) == 1
+    assert "--prompt must not be empty" in capsys.readouterr().err
+
+
+def test_a_missing_extra_names_the_command(folder, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    assert cli.main(["train", "--text", str(folder / "text.txt"), "--out", str(folder / "new")]) == 1
+    assert (
+        'tokenizers is not installed; this installs it: pip install "fastllm-kernels[train]"' in capsys.readouterr().err
+    )
+
+
+def test_help_is_light(folder):
+    code = (
+        "import sys, torch; before = set(sys.modules); from fastllm import cli; sys.argv = ['fastllm', '--help']\n"
+        "extras = {'tokenizers', 'safetensors', 'tqdm', 'matplotlib', 'tensorboard'}\n"
+        "try: cli.main()\n"
+        "except SystemExit: print(sorted(extras & (set(sys.modules) - before)))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert result.stdout.endswith("[]\n"), result.stdout + result.stderr
+    for command in ("info", "bench", "train", "eval", "generate", "demo"):
+        assert command in result.stdout

@@ -1,0 +1,274 @@
+"""GPT: the architecture, its loss, and generation."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastllm.models import GPT, GPTConfig, KVCache, sample_token
+from fastllm.models.gpt import rotary_tables, rotate
+
+SMALL = {"vocab_size": 61, "context": 24, "layers": 3, "heads": 4, "width": 32}
+ARCHITECTURES = {
+    "gpt2": GPTConfig.gpt2(**SMALL),
+    "llama": GPTConfig.llama(**SMALL, kv_heads=2),
+    "qk_norm": GPTConfig.llama(**SMALL, kv_heads=1, qk_norm=True, tie_embeddings=True),
+    "mixed": GPTConfig(**SMALL, norm="rms_norm", mlp="swiglu", bias=False),
+}
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def config(request) -> GPTConfig:
+    return ARCHITECTURES[request.param]
+
+
+def make(config: GPTConfig, seed: int = 0) -> GPT:
+    torch.manual_seed(seed)
+    model = GPT(config)
+    with torch.no_grad():  # away from the initial values, at which norms' weights and biases say nothing
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def tokens(rows: int = 2, length: int = 24, seed: int = 1) -> torch.Tensor:
+    return torch.randint(0, 61, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"width": 30}, "heads must divide width, got heads=4, width=30"),
+        ({"kv_heads": 3}, "kv_heads must divide heads, got kv_heads=3, heads=4"),
+        ({"kv_heads": 0}, "num_kv_heads must be a positive int, got 0"),
+        ({"layers": 0}, "layers must be a positive int, got 0"),
+        ({"width": 32.0}, "width must be a positive int, got 32.0"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+        ({"norm": "batch_norm"}, "norm must be one of .*, got 'batch_norm'"),
+        ({"position": "alibi"}, "position must be one of .*, got 'alibi'"),
+        ({"position": "rotary", "width": 12}, "rotary positions need an even width / heads, got 3"),
+        ({"norm_eps": 0.0}, "norm_eps must be positive, got 0.0"),
+    ],
+)
+def test_config_names_what_does_not_fit(changes, message):
+    with pytest.raises(ValueError, match=message):
+        GPTConfig(**{**SMALL, **changes})
+
+
+def test_config_from_dict_rejects_unknown_fields():
+    with pytest.raises(ValueError, match="unknown field depth"):
+        GPTConfig.from_dict({"depth": 3})
+
+
+def test_gpt2_has_gpt2s_number_of_parameters():
+    with torch.device("meta"):
+        assert GPT(GPTConfig.gpt2()).num_parameters() == 124_439_808
+
+
+def test_initial_scale():
+    model = GPT(GPTConfig.gpt2(vocab_size=512, context=64, layers=8, heads=4, width=256))
+    block = model.blocks[0]
+    assert block.attention.qkv_proj.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    for residual in (block.attention.out_proj, block.mlp.down_proj):
+        assert residual.weight.std().item() == pytest.approx(0.02 / math.sqrt(16), rel=0.05)
+        assert not residual.bias.any()
+    loss = model(tokens(), tokens(seed=2))
+    assert loss.item() == pytest.approx(math.log(512), abs=0.1)
+
+
+def test_fastllm_and_torch_ops_agree(config):
+    ours = make(config)
+    stock = GPT(GPTConfig(**{**vars(config), "ops": "torch"}))
+    stock.load_state_dict(ours.state_dict(), strict=True)
+    losses = [model(tokens(), tokens(seed=2)) for model in (ours, stock)]
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+    for loss in losses:
+        loss.backward()
+    for (name, a), b in zip(ours.named_parameters(), stock.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_the_future_does_not_change_the_past(config):
+    model = make(config)
+    before = tokens()
+    after = before.clone()
+    after[:, 10:] = (after[:, 10:] + 1) % 61
+    a, b = model(before), model(after)
+    torch.testing.assert_close(a[:, :10], b[:, :10], rtol=0, atol=0)
+    assert (a[:, 10:] - b[:, 10:]).abs().amax(-1).min() > 1e-3
+
+
+def test_rotate_is_a_complex_product():
+    config = GPTConfig.llama(**SMALL)
+    x = torch.randn(2, 4, 24, 8, dtype=torch.float64)
+    cos, sin = (table.double() for table in rotary_tables(config))
+    expected = torch.empty_like(x)
+    for position in range(24):
+        for i in range(4):
+            turn = complex(math.cos(position * 10000 ** (-2 * i / 8)), math.sin(position * 10000 ** (-2 * i / 8)))
+            turned = torch.complex(x[:, :, position, i], x[:, :, position, i + 4]) * turn
+            expected[:, :, position, i], expected[:, :, position, i + 4] = turned.real, turned.imag
+    torch.testing.assert_close(rotate(x, cos, sin), expected, rtol=0, atol=1e-5)
+
+
+def test_rotary_scores_depend_on_distance_only():
+    cos, sin = rotary_tables(GPTConfig.llama(**SMALL))
+    q, k = torch.randn(8), torch.randn(8)
+    q_TD, k_TD = rotate(q.expand(24, 8), cos, sin), rotate(k.expand(24, 8), cos, sin)
+    scores = q_TD @ k_TD.T
+    torch.testing.assert_close(scores[5:, 5:], scores[:-5, :-5])
+    assert (scores[0, 1] - scores[0, 9]).abs() > 1e-3
+
+
+def test_grouped_heads_are_heads_repeated():
+    grouped = make(GPTConfig.llama(**SMALL, kv_heads=2))
+    full = GPT(GPTConfig.llama(**SMALL))
+    state = grouped.state_dict()
+    for name in [name for name in state if name.endswith("qkv_proj.weight")]:
+        q, k, v = state[name].unflatten(0, (-1, 8)).split((4, 2, 2))
+        state[name] = torch.cat((q, k.repeat_interleave(2, 0), v.repeat_interleave(2, 0))).flatten(0, 1)
+    full.load_state_dict(state)
+    torch.testing.assert_close(grouped(tokens()), full(tokens()))
+
+
+def test_loss_ignores_minus_100(config):
+    model = make(config)
+    targets = tokens(seed=2)
+    targets[0, :20] = -100
+    logits = model(tokens()).double()
+    valid = targets != -100
+    expected = -logits.log_softmax(-1)[valid].gather(1, targets[valid][:, None])
+    assert model(tokens(), targets).item() == pytest.approx(expected.mean().item(), rel=1e-5)
+    assert model(tokens(), targets, reduction="sum").item() == pytest.approx(expected.sum().item(), rel=1e-5)
+
+
+def test_loss_is_float32_under_autocast(config):
+    model = make(config)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(tokens()).dtype == torch.bfloat16
+        loss = model(tokens(), tokens(seed=2))
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(model(tokens(), tokens(seed=2)).item(), rel=0.03)
+
+
+def test_tied_head_is_the_embedding():
+    model = make(ARCHITECTURES["gpt2"])
+    assert "head.weight" not in model.state_dict()
+    untied = GPT(GPTConfig.gpt2(**SMALL, tie_embeddings=False))
+    untied.load_state_dict({**model.state_dict(), "head.weight": model.embedding.weight})
+    torch.testing.assert_close(model(tokens()), untied(tokens()))
+
+
+def test_compiles_without_graph_breaks(config):
+    model = make(config)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(tokens(), tokens(seed=2)), model(tokens(), tokens(seed=2)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"), [((24,), r"shape \(B, T\), got \(24,\)"), ((1, 25), "25 positions do not fit .* of 24")]
+)
+def test_forward_rejects(shape, message):
+    with pytest.raises(ValueError, match=message):
+        make(ARCHITECTURES["gpt2"])(torch.zeros(shape, dtype=torch.int64))
+
+
+def test_cache_in_pieces_gives_the_logits_of_one_call(config):
+    model = make(config).eval()
+    cache = KVCache(config, 2, 24, device=torch.device("cpu"), dtype=torch.float32)
+    with torch.no_grad():
+        pieces = [model(piece, cache=cache) for piece in tokens().split([7, 1, 11, 5], dim=1)]
+        torch.testing.assert_close(torch.cat(pieces, 1), model(tokens()), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "sampling", [{"temperature": 0.0}, {"temperature": 0.9, "top_k": 20}, {"top_p": 0.9}, {}], ids=str
+)
+def test_generate_is_the_loop_without_cache(config, sampling):
+    model = make(config)
+    prompt = tokens(3, 5)
+    expected = prompt
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for _ in range(19):
+            new = sample_token(model(expected)[:, -1], generator=generator, **sampling)
+            expected = torch.cat((expected, new[:, None]), 1)
+    assert torch.equal(model.generate(prompt, 19, seed=7, **sampling), expected)
+
+
+def test_generate_depends_on_its_seed_alone():
+    model = make(ARCHITECTURES["llama"])
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    first = model.generate(tokens(2, 4), 20, seed=3)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(1)
+    assert torch.equal(model.generate(tokens(2, 4), 20, seed=3), first)
+    assert not torch.equal(model.generate(tokens(2, 4), 20, seed=4), first)
+
+
+def test_generate_without_dropout_and_leaves_the_mode():
+    model = make(GPTConfig.gpt2(**SMALL, dropout=0.5)).train()
+    outputs = [model.generate(tokens(2, 4), 20, temperature=0) for _ in range(2)]
+    assert torch.equal(*outputs)
+    assert model.training
+
+
+def test_generate_stops():
+    model = make(ARCHITECTURES["gpt2"])
+    free = model.generate(tokens(2, 4), 20, seed=0)
+    stop = int(free[0, 8])
+    output = model.generate(tokens(2, 4), 20, seed=0, stop=stop)
+    at = int((free[0, 4:] == stop).nonzero()[0]) + 4
+    assert torch.equal(output[0, : at + 1], free[0, : at + 1])
+    assert (output[0, at:] == stop).all()
+    everything = model.generate(tokens(2, 4), 20, seed=0, stop=range(61))
+    assert everything.shape == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "arguments", "message"),
+    [
+        (tokens(1, 4), {"max_new_tokens": 21}, "4 prompt tokens \\+ 21 new ones do not fit into the context of 24"),
+        (tokens(1, 4), {"max_new_tokens": -1}, "max_new_tokens must not be negative, got -1"),
+        (torch.zeros(1, 0, dtype=torch.int64), {"max_new_tokens": 1}, r"not empty, got \(1, 0\)"),
+        (torch.tensor([[61]]), {"max_new_tokens": 1}, "token 61 is outside the vocabulary of 61"),
+        (torch.tensor([[-1]]), {"max_new_tokens": 1}, "token -1 is outside"),
+        (tokens(1, 4), {"max_new_tokens": 1, "temperature": -0.5}, "temperature .* got -0.5"),
+        (tokens(1, 4), {"max_new_tokens": 1, "temperature": math.nan}, "temperature .* got nan"),
+        (tokens(1, 4), {"max_new_tokens": 1, "top_k": 0}, "top_k must be at least 1, got 0"),
+        (tokens(1, 4), {"max_new_tokens": 1, "top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5"),
+    ],
+)
+def test_generate_rejects(prompt, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make(ARCHITECTURES["gpt2"]).generate(prompt, **arguments)
+
+
+PROBS = torch.tensor([0.05, 0.4, 0.15, 0.3, 0.1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({}, PROBS),
+        ({"temperature": 2.0}, PROBS.sqrt() / PROBS.sqrt().sum()),
+        ({"top_k": 2}, torch.tensor([0, 4 / 7, 0, 3 / 7, 0])),
+        ({"top_k": 99}, PROBS),
+        ({"top_p": 0.69}, torch.tensor([0, 4 / 7, 0, 3 / 7, 0])),
+        ({"top_p": 0.71}, torch.tensor([0, 40, 15, 30, 0]) / 85),
+        ({"top_p": 0.01}, torch.tensor([0.0, 1, 0, 0, 0])),
+        ({"top_k": 3, "top_p": 0.8}, torch.tensor([0, 4 / 7, 0, 3 / 7, 0])),  # of what top_k left, 82 % are the two
+        ({"temperature": 0}, torch.tensor([0.0, 1, 0, 0, 0])),
+    ],
+    ids=str,
+)
+def test_sample_token_follows_the_distribution(arguments, expected):
+    draws = sample_token(PROBS.log().expand(40_000, 5), generator=torch.Generator().manual_seed(0), **arguments)
+    frequency = F.one_hot(draws, 5).double().mean(0)
+    assert (frequency[expected == 0] == 0).all()
+    torch.testing.assert_close(frequency, expected.double(), rtol=0, atol=0.012)

@@ -224,18 +224,21 @@ class NormSuite:
         finally:
             torch.set_num_threads(before)
 
-    @given(
-        leading=st.lists(st.integers(0, 5), max_size=3),
-        width=st.integers(1, 300),
-        layout=st.sampled_from(LAYOUTS),
-        grad_layout=st.sampled_from(LAYOUTS),
-        dtypes=st.sampled_from(MIXED),
-        parameters=st.booleans(),
-    )
-    @settings(max_examples=40, deadline=None)
-    def test_any_shape_and_stride(self, leading, width, layout, grad_layout, dtypes, parameters):
-        args = self.args((*leading, width), dtypes[0], dtypes[1] if parameters else None, layout=layout)
-        self.check(args, grad_layout=grad_layout)
+    def test_any_shape_and_stride(self):
+        @given(
+            leading=st.lists(st.integers(0, 5), max_size=3),
+            width=st.integers(1, 300),
+            layout=st.sampled_from(LAYOUTS),
+            grad_layout=st.sampled_from(LAYOUTS),
+            dtypes=st.sampled_from(MIXED),
+            parameters=st.booleans(),
+        )
+        @settings(max_examples=40, deadline=None)
+        def holds(leading, width, layout, grad_layout, dtypes, parameters):
+            args = self.args((*leading, width), dtypes[0], dtypes[1] if parameters else None, layout=layout)
+            self.check(args, grad_layout=grad_layout)
+
+        holds()
 
     def test_gradients_only_where_asked_for(self):
         args = self.args((4, 32))

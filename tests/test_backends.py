@@ -133,7 +133,7 @@ def test_a_fallback_warns_once_for_each_reason():
     x = torch.randn(2, 8, dtype=torch.float64)
     op = OPS["rms_norm_fwd"]
     op._warned.clear()
-    with pytest.warns(fastllm.FallbackWarning, match=r"fastllm.rms_norm_fwd runs on reference for cpu tensors: "):
+    with pytest.warns(fastllm.FallbackWarning, match=r"fastllm.rms_norm_fwd runs on reference for cpu tensors; cpu: "):
         ops.rms_norm(x, (8,))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

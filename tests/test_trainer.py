@@ -232,9 +232,12 @@ def test_samples(tmp_path):
         tmp_path, model=model, tokenizer=tokenizer, sample_every=2, sample_prompt="the", sample_tokens=5
     )
     trainer.run()
-    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["step-2.txt", "step-4.txt"]
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["step-0.txt", "step-2.txt", "step-4.txt"]
     assert (tmp_path / "samples/step-4.txt").read_text().startswith("the")
     assert (tmp_path / "samples/step-4.txt").read_text() == trainer.sample("the", 5, top_k=50, seed=0) + "\n"
+    long = {"model": model, "tokenizer": tokenizer, "sample_every": 2, "sample_tokens": CONTEXT}
+    with pytest.raises(ValueError, match="do not fit into the context of 12"):
+        make_trainer(tmp_path / "long", **long).run()
     trainer.tokenizer = None
     with pytest.raises(ValueError, match="needs a tokenizer"):
         trainer.sample("the", 5)
@@ -282,7 +285,7 @@ def test_tensorboard(tmp_path):
     ("changes", "message"),
     [
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"steps": -1}, "steps must be at least 0, got -1"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"lr": math.nan}, "lr must be finite and not negative, got nan"),
         ({"beta2": 1.5}, r"beta2 must be in \[0, 1\], got 1.5"),
         ({"precision": "float16"}, "precision must be .* got 'float16'"),

@@ -192,11 +192,15 @@ inline int multiprocessors() {
   return count;
 }
 
-template <class Kernel>
-inline int blocks_per_multiprocessor(Kernel kernel, int threads) {
-  int blocks = 1;
-  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, 0);
-  return blocks;
+// How many blocks of this many threads one multiprocessor holds. Asked once: the question costs more than a launch.
+template <auto kKernel>
+int blocks_per_multiprocessor(int threads) {
+  static int counts[kMaxWarps + 1] = {};
+  int& count = counts[threads / kWarp];
+  if (count == 0) {
+    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kKernel, threads, 0);
+  }
+  return count;
 }
 #endif
 

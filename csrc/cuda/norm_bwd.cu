@@ -276,6 +276,7 @@ __global__ void __launch_bounds__(kWarp* kColumnRows) norm_bwd_reduce(NormParamG
 // What runs for these arguments. One description serves the launch and the count of partial sums.
 struct Plan {
   void (*registers)(NormBwd, float*, float*);  // null: the loop and column kernels
+  int (*registers_blocks)(int threads);        // how many of its blocks a multiprocessor holds
   void (*loop)(NormBwd);
   void (*columns)(NormBwd, float*, float*);
   dim3 block;
@@ -283,13 +284,15 @@ struct Plan {
 
 template <class T, int kVec, int kPacks, bool kCentered>
 Plan plan_warp_rows() {
-  return {norm_bwd_registers<T, kVec, kPacks, kCentered, true>, nullptr, nullptr, dim3(kWarp, kRowsPerBlock)};
+  constexpr auto kKernel = norm_bwd_registers<T, kVec, kPacks, kCentered, true>;
+  return {kKernel, blocks_per_multiprocessor<kKernel>, nullptr, nullptr, dim3(kWarp, kRowsPerBlock)};
 }
 
 template <class T, int kVec, int kPacks, bool kCentered>
 Plan plan_block_rows(const NormBwd& a) {
   const int threads = warps_for(ceil_div(a.n, static_cast<int64_t>(kVec) * kPacks));
-  return {norm_bwd_registers<T, kVec, kPacks, kCentered, false>, nullptr, nullptr, dim3(threads)};
+  constexpr auto kKernel = norm_bwd_registers<T, kVec, kPacks, kCentered, false>;
+  return {kKernel, blocks_per_multiprocessor<kKernel>, nullptr, nullptr, dim3(threads)};
 }
 
 template <class T, bool kCentered>
@@ -318,6 +321,7 @@ Plan plan_typed(const NormBwd& a) {
     }
   }
   return {
+      nullptr,
       nullptr,
       packs ? norm_bwd_loop<T, kVec, kCentered> : norm_bwd_loop<T, 1, kCentered>,
       norm_bwd_columns<T, kCentered>,
@@ -351,7 +355,7 @@ int64_t norm_bwd_parts(const NormBwd& a) {
   if (plan.registers == nullptr) {
     return at_most(ceil_div(a.rows, kColumnRows), kMaxParts);
   }
-  const int resident = blocks_per_multiprocessor(plan.registers, plan.block.x * plan.block.y) * multiprocessors();
+  const int resident = plan.registers_blocks(plan.block.x * plan.block.y) * multiprocessors();
   return at_most(ceil_div(a.rows, plan.block.y), resident);
 }
 

@@ -69,8 +69,8 @@ inline int multiprocessors() {
   return 3;
 }
 
-template <class Kernel>
-int blocks_per_multiprocessor(Kernel, int) {
+template <auto kKernel>
+int blocks_per_multiprocessor(int) {
   return 2;
 }
 

@@ -1,0 +1,266 @@
+"""The command line: `fastllm info | bench | train | eval | generate | demo`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+PRESETS = ("gpt2", "llama")
+VOCAB_SIZE = 2048
+
+# Flags are None unless given: a resumed run keeps what its checkpoint says.
+MODEL_FLAGS: dict[str, tuple[Any, str]] = {
+    "context": (128, "tokens that the model sees at a time"),
+    "layers": (4, "blocks"),
+    "heads": (4, "query heads"),
+    "kv_heads": (None, "key and value heads"),
+    "width": (256, "channels"),
+    "dropout": (0.0, "probability"),
+}
+TRAIN_FLAGS = {
+    "steps": "optimizer steps in all",
+    "batch_size": "rows a forward pass",
+    "accumulate": "forward passes an optimizer step",
+    "lr": "highest learning rate",
+    "min_lr_ratio": "lowest learning rate as a share of the highest",
+    "warmup": "steps that the learning rate rises",
+    "weight_decay": "of matrices",
+    "clip": "largest norm of the gradient, 0 for any",
+    "eval_every": "steps between validations, 0 for none",
+    "eval_batches": "batches a validation, 0 for all",
+    "checkpoint_every": "steps between checkpoints, 0 for the last only",
+    "keep": "checkpoints to keep, 0 for all",
+    "sample_every": "steps between samples, 0 for none",
+    "sample_prompt": "what samples continue",
+    "seed": "of weights, dropout, data and samples",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"fastllm: error: {message} (see {self.prog} --help)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    from fastllm._version import __version__
+
+    parser = _Parser(prog="fastllm", description="Fused kernels for training and running language models.")
+    parser.add_argument("--version", action="version", version=f"fastllm {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    info = commands.add_parser("info", help="what is installed, what was built, and what runs on this machine")
+    info.add_argument("--json", action="store_true", help="one JSON object")
+    commands.add_parser("bench", help="time the ops against their rivals (see fastllm bench --help)")
+
+    train = commands.add_parser("train", help="train a GPT on text files")
+    train.add_argument("--text", nargs="+", required=True, metavar="FILE", help="UTF-8 text")
+    train.add_argument("--out", default="runs/train", metavar="DIR", help="default %(default)s")
+    train.add_argument(
+        "--resume", action="store_true", help="go on from the newest checkpoint in --out, with the same --text"
+    )
+    train.add_argument("--validation", type=float, default=0.05, help="the last part of the text (default %(default)s)")
+    train.add_argument("--tokenizer", metavar="JSON", help="use this tokenizer instead of training one")
+    train.add_argument("--vocab-size", type=int, help=f"of the tokenizer to train (default {VOCAB_SIZE})")
+    model = train.add_argument_group("model")
+    model.add_argument("--preset", choices=PRESETS, help="architecture (default llama)")
+    for name, (default, text) in MODEL_FLAGS.items():
+        kind = float if name == "dropout" else int
+        model.add_argument(_flag(name), type=kind, help=f"{text} (default {'--heads' if default is None else default})")
+    training = train.add_argument_group("training")
+    from_config = {field.name: field for field in dataclasses.fields(_train_config())}
+    for name, text in TRAIN_FLAGS.items():
+        default = from_config[name].default
+        training.add_argument(_flag(name), type=type(default), help=f"{text} (default {default!r})")
+    training.add_argument("--bf16", action="store_const", const="bfloat16", dest="precision", help="bfloat16 autocast")
+    training.add_argument("--compile", action="store_const", const=True, help="run the model through torch.compile")
+    _add_place(train)
+
+    evaluate = commands.add_parser("eval", help="the loss of a checkpoint on text files")
+    evaluate.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a directory with some")
+    evaluate.add_argument("--text", nargs="+", required=True, metavar="FILE", help="UTF-8 text")
+    evaluate.add_argument("--batch-size", type=int, default=16)
+    _add_place(evaluate)
+
+    generate = commands.add_parser("generate", help="continue a prompt")
+    generate.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a directory with some")
+    generate.add_argument("--prompt", required=True)
+    generate.add_argument("--max-new-tokens", type=int, help="default: what the context takes, at most 200")
+    generate.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default %(default)s)")
+    generate.add_argument("--top-k", type=int, help="keep the k most likely tokens")
+    generate.add_argument("--top-p", type=float, help="keep the most likely tokens up to this probability")
+    generate.add_argument("--seed", type=int, help="the same seed gives the same text")
+    _add_place(generate)
+
+    demo = commands.add_parser("demo", help="train a small GPT on Python's help texts and time it against PyTorch")
+    demo.add_argument("--steps", type=int)
+    demo.add_argument("--rounds", type=int, help="timed steps of each kind")
+    demo.add_argument("--out", metavar="DIR")
+    return parser
+
+
+def _train_config() -> type:
+    from fastllm.trainer import TrainConfig
+
+    return TrainConfig
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _add_place(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help='as torch.device (default "auto": a GPU where there is one)')
+    parser.add_argument("--backend", metavar="NAME", help="force this implementation of every fastllm op")
+
+
+def _given(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def _read(files: Sequence[str]) -> str:
+    from fastllm import data
+    from fastllm.data.text import END_OF_TEXT
+
+    return END_OF_TEXT.join(data.read_text(file) for file in files)
+
+
+def _train(args: argparse.Namespace) -> int:
+    import torch
+
+    from fastllm import data
+    from fastllm.models import GPT, GPTConfig
+    from fastllm.trainer import TrainConfig, Trainer, checkpoint
+
+    text, held_out = data.split_text(_read(args.text), args.validation)
+    model_flags = _given(args, list(MODEL_FLAGS))
+    train_flags = _given(args, [*TRAIN_FLAGS, "precision", "compile", "device"])
+    if args.resume:
+        for name in _given(args, ["preset", "tokenizer", "vocab_size"]):
+            raise ValueError(f"{_flag(name)} cannot be given with --resume: it is the checkpoint's")
+        found = checkpoint.find_checkpoint(args.out)
+        saved = checkpoint.load_config(found)
+        config = GPTConfig.from_dict(saved["model"])
+        for name, value in model_flags.items():
+            if value != getattr(config, name):
+                raise ValueError(f"{_flag(name)} {value} differs from the {getattr(config, name)} of {found}")
+        tokenizer = data.load_tokenizer(found / "tokenizer.json")
+        train = TrainConfig(**{**saved["train"], **train_flags, "out": args.out})
+    else:
+        if args.tokenizer:
+            tokenizer = data.load_tokenizer(args.tokenizer)
+        else:
+            tokenizer = data.train_tokenizer([text], VOCAB_SIZE if args.vocab_size is None else args.vocab_size)
+        defaults = {name: default for name, (default, _) in MODEL_FLAGS.items()}
+        make = GPTConfig.gpt2 if args.preset == "gpt2" else GPTConfig.llama
+        config = make(vocab_size=tokenizer.get_vocab_size(), **{**defaults, **model_flags})
+        train = TrainConfig(**train_flags, out=args.out)
+    tokens, held_out_tokens = data.encode(tokenizer, text), data.encode(tokenizer, held_out)
+    torch.manual_seed(train.seed)
+    trainer = Trainer(
+        GPT(config),
+        data.RandomWindows(tokens, config.context, train.seed),
+        train,
+        validation=data.SequentialWindows(held_out_tokens, config.context),
+        tokenizer=tokenizer,
+    )
+    if args.resume:
+        trainer.load(found)
+    print(
+        f"{trainer.model.num_parameters():,} parameters on {trainer.device}, {len(tokens):,} tokens to train on, "
+        f"{len(held_out_tokens):,} to validate on" + (f"; resumed at step {trainer.step}" if args.resume else "")
+    )
+    trainer.run()
+    print(f"{Path(args.out) / f'checkpoint-{trainer.step}'}")
+    return 0
+
+
+def _load(args: argparse.Namespace) -> tuple[Any, Any, Any]:
+    from fastllm.trainer import checkpoint, resolve_device
+
+    device = resolve_device(args.device or "auto")
+    model, tokenizer = checkpoint.load_model(args.checkpoint, device)
+    if tokenizer is None:
+        raise ValueError(f"{args.checkpoint} has no tokenizer.json")
+    return model, tokenizer, device
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from fastllm import data
+    from fastllm.trainer import evaluate
+
+    model, tokenizer, _ = _load(args)
+    text = _read(args.text)
+    windows = data.SequentialWindows(data.encode(tokenizer, text), model.config.context)
+    loss, tokens = evaluate(model, windows, args.batch_size)
+    bits = loss * tokens / math.log(2) / len(text.encode())
+    print(f"loss {loss:.4f} nats/token, perplexity {math.exp(loss):.2f}, {bits:.3f} bits/byte, {tokens:,} tokens")
+    return 0
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from fastllm import data
+
+    model, tokenizer, device = _load(args)
+    if not args.prompt:
+        raise ValueError("--prompt must not be empty")
+    tokens_BT = data.encode(tokenizer, args.prompt)[None].to(device)
+    room = model.config.context - tokens_BT.shape[1]
+    if room < 1:
+        raise ValueError(f"the prompt's {tokens_BT.shape[1]} tokens fill the context of {model.config.context}")
+    count = min(200, room) if args.max_new_tokens is None else args.max_new_tokens
+    output_BT = model.generate(
+        tokens_BT,
+        count,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+        stop=tokenizer.token_to_id(data.text.END_OF_TEXT),
+    )
+    print(data.decode(tokenizer, output_BT[0]))
+    return 0
+
+
+def _run(argv: Sequence[str]) -> int:
+    if argv[:1] == ["bench"]:  # has a parser of its own
+        from fastllm.benchmarks import suite
+
+        return suite.main(argv[1:])
+    args = _parser().parse_args(argv)
+    if args.command == "info":
+        from fastllm import info
+
+        return info.main(args.json)
+    if args.command == "demo":
+        from fastllm import demo
+
+        return demo.main(**_given(args, ["steps", "rounds", "out"]))
+    from fastllm import use_backend
+
+    with use_backend(args.backend) if args.backend else contextlib.nullcontext():
+        return {"train": _train, "eval": _eval, "generate": _generate}[args.command](args)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 0, 1 for what went wrong, 2 for arguments that make no sense."""
+    from fastllm import BackendUnavailable
+
+    try:
+        return _run(list(sys.argv[1:] if argv is None else argv))
+    except BrokenPipeError:  # the reader of a pipe has gone; keep Python from flushing into it at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        print("fastllm: interrupted", file=sys.stderr)
+        return 130
+    except (OSError, ValueError, ImportError, FloatingPointError, BackendUnavailable) as error:
+        message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.strerror else str(error)
+        print("fastllm: error: " + " ".join(message.split()), file=sys.stderr)
+        return 1

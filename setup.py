@@ -38,8 +38,10 @@ def find_nvcc() -> str | None:
     if os.environ.get("FASTLLM_CUDA") == "0":
         return None
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    return shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc") or shutil.which(
-        "/usr/local/cuda/bin/nvcc"
+    return (
+        shutil.which("nvcc", path=f"{home}/bin")
+        if home
+        else shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
     )
 
 
@@ -140,11 +142,8 @@ def make_build_ext():
             if not (torch_lib / "libtorch_cuda.so").exists():
                 # A CPU-only torch: link against an empty library of that name, so that the real one is found at run
                 # time.
-                subprocess.run(
-                    [find_compiler(), "-shared", "-x", "c++", os.devnull]
-                    + ["-Wl,-soname,libtorch_cuda.so", "-o", build / "libtorch_cuda.so"],
-                    check=True,
-                )
+                link = [find_compiler(), "-shared", "-x", "c++", os.devnull, "-Wl,-soname,libtorch_cuda.so"]
+                subprocess.run([*link, "-o", build / "libtorch_cuda.so"], check=True)
             flags = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-DUSE_CUDA", *DEFINES]
             flags += ["-lineinfo", "--expt-relaxed-constexpr", "-Xfatbin", "-compress-all"]
             flags += ["-diag-suppress", "20012,20013,20014,20015", "-ccbin", find_compiler()]

@@ -1,7 +1,7 @@
 """fastllm: fused kernels for training language models with PyTorch.
 
-    from fastllm import nn, ops     # drop-in for torch.nn modules and torch.nn.functional functions
-    fastllm.explain(ops.rms_norm, x, (x.shape[-1],))   # which implementation runs, and why
+from fastllm import nn, ops     # drop-in for torch.nn modules and torch.nn.functional functions
+fastllm.explain(ops.rms_norm, x, (x.shape[-1],))   # which implementation runs, and why
 """
 
 from fastllm import nn, ops

@@ -33,6 +33,10 @@ class FallbackWarning(UserWarning):
     """An op runs on its reference (or on another lesser backend) because its kernel cannot. Shown once a reason."""
 
 
+def _not_built(*args):
+    raise AssertionError("this backend supports nothing here, so nothing can be asked of it")
+
+
 @dataclass(frozen=True)
 class Backend:
     """One implementation of an op.
@@ -41,13 +45,13 @@ class Backend:
         name: one of `NAMES`.
         supports: takes the op's arguments; returns None, or the reason why they cannot be computed. Plain Python over
             tensor metadata only, because Dynamo traces it when a backend is forced.
-        run: takes the op's arguments. None for a C++ kernel, which is reached through the dispatcher.
+        run: takes the op's arguments. For a C++ kernel, `Op` puts the call through the dispatcher here.
         key: the dispatch key of a C++ kernel ("CPU", "CUDA"), else None.
     """
 
     name: str
     supports: Callable[..., str | None]
-    run: Callable | None = None
+    run: Callable = _not_built
     key: str | None = None
 
 
@@ -141,10 +145,12 @@ class Op:
             if backend.key and torch._C._dispatch_has_kernel_for_dispatch_key(f"fastllm::{self.name}", backend.key)
         )
         self.backends = tuple(
-            replace(backend, supports=_no_kernel(backend.key)) if backend.key and backend.key not in self.built
+            replace(backend, supports=_no_kernel(backend.key))
+            if backend.key and backend.key not in self.built
             # The kernel may still hand over to the fallback what `supports` admits only by mistake; a test looks for
             # that, and nothing is computed wrongly meanwhile.
-            else replace(backend, run=self.call) if backend.key
+            else replace(backend, run=self.call)
+            if backend.key
             else backend
             for backend in (*backends, Backend("reference", _always, reference))
         )
@@ -174,6 +180,7 @@ class Op:
         raise BackendUnavailable(f"fastllm.{self.name} has no backend {_forced!r}; it has {names}")
 
     def _explain(self, *args):
+        assert _explanation is not None
         found = False
         for backend, reason in self.candidates(*args):
             chosen = not found and reason is None and _forced in (None, backend.name)
@@ -186,12 +193,13 @@ class Op:
     def _select(self, *args):
         # C++ kernels have had their turn: the dispatcher calls this only where there is none for the device, or
         # because it handed the arguments over.
-        rejected = []
+        rejected: list[tuple[Backend, str]] = []
         for backend, reason in self.candidates(*args):
             if backend.key is None and reason is None:
                 self._warn(backend.name, rejected, args)
                 return backend.run(*args)
             rejected.append((backend, reason or "handed these arguments over"))
+        raise AssertionError(f"{self.name}: the reference refuses nothing")
 
     def _warn(self, chosen: str, rejected: list[tuple[Backend, str]], args: tuple) -> None:
         device = next(arg for arg in args if isinstance(arg, Tensor)).device.type
@@ -245,18 +253,17 @@ def explain(op: str | Callable, *args, **kwargs) -> Explanation:
     Raises:
         ValueError: for an unknown op, and whatever the op itself raises for bad arguments.
     """
-    if isinstance(op, str):
-        from fastllm import ops
+    from fastllm import ops
 
-        if op not in ops.__all__:
-            raise ValueError(f"explain: unknown op {op!r}; known are {', '.join(ops.__all__)}")
-        op = getattr(ops, op)
+    if isinstance(op, str) and op not in ops.__all__:
+        raise ValueError(f"explain: unknown op {op!r}; known are {', '.join(ops.__all__)}")
+    function = getattr(ops, op) if isinstance(op, str) else op
     explanation = Explanation()
     with _explain_lock:
         _set_state(_forced, explanation)
         try:
             with torch.no_grad():
-                op(*args, **kwargs)
+                function(*args, **kwargs)
         finally:
             _set_state(_forced, None)
     return explanation

@@ -20,7 +20,7 @@ from fastllm.trainer.log import read_metrics
 
 VOCAB_SIZE = 2048
 MODEL = GPTConfig.llama(context=128, layers=8, heads=2, width=128, hidden=256, qk_norm=True)
-STEPS = 700
+STEPS = 600
 BATCH_SIZE = 8
 ROUNDS = 40
 WARMUP = 2  # rounds that are not timed; the first one compiles

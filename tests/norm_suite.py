@@ -67,7 +67,9 @@ class NormSuite:
         found = [make(shape, dtype, device, seed=seed + i, layout=layout) for i in range(1 + self.added)]
         found.append(normalized)
         for i in range(1 + self.biased):
-            found.append(None if parameters is None else make(normalized, parameters, device, seed=seed + 10 + i) + (1 - i))
+            found.append(
+                None if parameters is None else make(normalized, parameters, device, seed=seed + 10 + i) + (1 - i)
+            )
         return (*found, *([] if eps is None else [eps]))
 
     def check(self, args: tuple, **kwargs) -> None:
@@ -164,7 +166,7 @@ class NormSuite:
 
     @pytest.mark.parametrize("binding", bindings.NAMES)
     def test_overflow_and_nan_follow_the_reference(self, binding):
-        """1e30 squared is no float: whatever the reference makes of such a row, so does the kernel; others are intact."""
+        """1e30 squared is no float: what the reference makes of such a row, so does the kernel; others stay intact."""
         with bindings.bound(binding) as device:
             args = list(self.args((4, 100), device=device))
             args[0][1] *= 1e30
@@ -189,7 +191,9 @@ class NormSuite:
     def test_every_output_element_is_written(self, binding):
         with bindings.bound(binding) as device, poisoned_allocations():
             for width in (1, 33, 1000, 1024, 4100):
-                args = [a.requires_grad_() if isinstance(a, Tensor) else a for a in self.args((5, width), device=device)]
+                args = [
+                    a.requires_grad_() if isinstance(a, Tensor) else a for a in self.args((5, width), device=device)
+                ]
                 outputs = self.op(*args)
                 outputs = outputs if isinstance(outputs, tuple) else (outputs,)
                 sum(out.sum() for out in outputs).backward()
@@ -296,7 +300,11 @@ class NormSuite:
     def raw_args(self, name: str) -> list[tuple]:
         """Arguments for `torch.ops.fastllm.<name>`, fwd or bwd, with and without what is optional."""
         found = []
-        for dtype, parameters in ((torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.float32, None)):
+        for dtype, parameters in (
+            (torch.float32, torch.float32),
+            (torch.bfloat16, torch.float32),
+            (torch.float32, None),
+        ):
             args = self.args((3, 5, 17), dtype, parameters, eps=1e-5)
             forward = tuple(arg for arg in args if not isinstance(arg, tuple))  # without normalized_shape
             if name.endswith("_fwd"):
@@ -307,7 +315,7 @@ class NormSuite:
             saved = outputs[1:] if self.added else (forward[0], *outputs[1:])  # (sum or x, mean?, rstd)
             dy = torch.randn(3, 5, 17).to(dtype)
             wanted = (parameters is not None,) * len(parameters_)
-            for dsum in ((dy * 2, None) if self.added else ((),)):
+            for dsum in (dy * 2, None) if self.added else ((),):
                 found.append((dy, *((dsum,) if self.added else ()), *saved, *parameters_, *wanted))
         return found
 
@@ -400,7 +408,11 @@ class NormSuite:
         yield (x, *more, 8), TypeError, "tuple of ints, got 8"
         yield (x, *more, (8,), torch.randn(9)), ValueError, r"weight must have shape \(8,\), got \(9,\)"
         yield (x, *more, (8,), torch.randn(8, 1)), ValueError, r"weight must have shape \(8,\), got \(8, 1\)"
-        yield (x, *more, (8,), torch.ones(8, dtype=torch.int64)), TypeError, "weight must have a floating dtype, got torch.int64"
+        yield (
+            (x, *more, (8,), torch.ones(8, dtype=torch.int64)),
+            TypeError,
+            "weight must have a floating dtype, got torch.int64",
+        )
         yield (x, *more, (8,), 1.0), TypeError, "weight must be a tensor or None, got float"
         yield (x, *more, (8,), torch.randn(8, device="meta")), ValueError, "input is on cpu, weight on meta"
         yield (x.int(), *more, (8,)), TypeError, "floating dtype, got torch.int32"

@@ -13,7 +13,12 @@ class TestAddLayerNorm(NormSuite):
 def test_gradients_through_either_output_alone():
     x, r, w, b = (torch.randn(shape, requires_grad=True) for shape in ((3, 8), (3, 8), (8,), (8,)))
     normed, total = ops.add_layer_norm(x, r, (8,), w, b)
-    assert [g is not None for g in torch.autograd.grad(total.sum(), (x, r, w, b), allow_unused=True)] == [True, True, False, False]
+    assert [g is not None for g in torch.autograd.grad(total.sum(), (x, r, w, b), allow_unused=True)] == [
+        True,
+        True,
+        False,
+        False,
+    ]
     normed, total = ops.add_layer_norm(x, r, (8,), w, b)
     got = torch.autograd.grad(normed.square().sum(), (x, r, w, b))
     expected = torch.autograd.grad(torch.nn.functional.layer_norm(x + r, (8,), w, b).square().sum(), (x, r, w, b))

@@ -11,7 +11,7 @@ import torch
 
 import fastllm
 from fastllm import ops
-from fastllm.backends import OPS, NAMES
+from fastllm.backends import NAMES, OPS
 from fastllm.testing import sample
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -58,7 +58,9 @@ def test_explain_agrees_with_what_runs(op, dtype, monkeypatch):
     args, kwargs = sample(op, "cpu", dtype)
     fell_back = []
     for each in OPS.values():
-        monkeypatch.setattr(each, "candidates", lambda *a, each=each: fell_back.append(each.name) or type(each).candidates(each, *a))
+        monkeypatch.setattr(
+            each, "candidates", lambda *a, each=each: fell_back.append(each.name) or type(each).candidates(each, *a)
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", fastllm.FallbackWarning)
         getattr(ops, op)(*args, **kwargs)
@@ -90,9 +92,15 @@ def test_every_built_cpu_kernel_is_known():
 
 def test_forced_backend_never_falls_back():
     x = torch.randn(2, 8)
-    with fastllm.use_backend("cuda"), pytest.raises(fastllm.BackendUnavailable, match=r"rms_norm_fwd: backend 'cuda' cannot run: "):
+    with (
+        fastllm.use_backend("cuda"),
+        pytest.raises(fastllm.BackendUnavailable, match=r"rms_norm_fwd: backend 'cuda' cannot run: "),
+    ):
         ops.rms_norm(x, (8,))
-    with fastllm.use_backend("triton"), pytest.raises(fastllm.BackendUnavailable, match="has no backend 'triton'; it has cuda, cpu"):
+    with (
+        fastllm.use_backend("triton"),
+        pytest.raises(fastllm.BackendUnavailable, match="has no backend 'triton'; it has cuda, cpu"),
+    ):
         ops.rms_norm(x, (8,))
     if fastllm._ext.C is not None:
         with fastllm.use_backend("cpu"), pytest.raises(fastllm.BackendUnavailable, match="got float64"):
@@ -118,7 +126,9 @@ def test_use_backend_holds_in_the_backward_and_in_other_threads(monkeypatch):
     """Autograd runs the backward of GPU tensors in threads of its own, so the choice is not a thread's."""
     seen = []
     backward = OPS["rms_norm_bwd"]
-    monkeypatch.setattr(backward, "_run_forced", lambda *args: seen.append(1) or type(backward)._run_forced(backward, *args))
+    monkeypatch.setattr(
+        backward, "_run_forced", lambda *args: seen.append(1) or type(backward)._run_forced(backward, *args)
+    )
     x = torch.randn(2, 8, requires_grad=True)
     with fastllm.use_backend("reference"):
         y = ops.rms_norm(x, (8,))

@@ -76,7 +76,9 @@ def test_cuda_kernels_do_not_spill():
 
 def checkout(target: Path) -> Path:
     """A copy of the sources, without what was built."""
-    ignore = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info", ".*cache", "build", "dist", "runs", ".venv", ".git")
+    ignore = shutil.ignore_patterns(
+        "*.so", "__pycache__", "*.egg-info", ".*cache", "build", "dist", "runs", ".venv", ".git"
+    )
     shutil.copytree(ROOT, target, symlinks=True, ignore=ignore)
     return target
 
@@ -116,7 +118,9 @@ def test_wheel_contents(dist):
     ):  # fmt: skip
         assert name in names, f"{name} is missing from the wheel"
     assert len(names) == len(set(names))
-    assert not [name for name in names if "kernels/__init__" in name or "test_" in name or name.endswith((".cpp", ".cu"))]
+    assert not [
+        name for name in names if "kernels/__init__" in name or "test_" in name or name.endswith((".cpp", ".cu"))
+    ]
     compiled = [name for name in names if name.endswith(".so")]
     assert len(compiled) == (1 if bindings.CXX else 0), compiled
     with zipfile.ZipFile(path) as archive:
@@ -124,7 +128,11 @@ def test_wheel_contents(dist):
         entry_points = archive.read(next(name for name in names if name.endswith("entry_points.txt"))).decode()
     assert "Name: fastllm-kernels" in metadata
     assert "License-Expression: Apache-2.0" in metadata
-    required = {line.split()[1].split(">")[0].strip(";") for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line}
+    required = {
+        line.split()[1].split(">")[0].strip(";")
+        for line in metadata.splitlines()
+        if line.startswith("Requires-Dist") and "extra ==" not in line
+    }
     assert required == {"torch", "triton"}
     assert "fastllm = fastllm.cli:main" in entry_points
 
@@ -162,7 +170,8 @@ def test_install_without_a_compiler_succeeds_and_says_so(tmp_path):
 def test_isolated_build_stops_with_the_command_that_works(tmp_path, missing):
     """What `pip install .` meets in its isolated environment, which has no torch."""
     source = checkout(tmp_path / "source")
-    code = f"import sys, runpy; sys.modules[{missing!r}] = None; sys.argv = ['setup.py', 'build_ext']; runpy.run_path('setup.py')"
+    code = f"import sys, runpy; sys.modules[{missing!r}] = None; sys.argv = ['setup.py', 'build_ext']; "
+    code += "runpy.run_path('setup.py')"
     result = run(sys.executable, "-c", code, cwd=source)
     assert result.returncode != 0
     last = result.stderr.strip().splitlines()[-1]
@@ -178,6 +187,9 @@ def test_no_cuda_when_told_so(monkeypatch):
     assert runpy.run_path(str(ROOT / "setup.py"))["find_nvcc"]() is None
 
 
-@pytest.mark.skipif(not _ext.CUDA_LIBRARY.exists() or torch.version.cuda is not None, reason="needs CUDA kernels beside a torch without CUDA")
+@pytest.mark.skipif(
+    not _ext.CUDA_LIBRARY.exists() or torch.version.cuda is not None,
+    reason="needs CUDA kernels beside a torch without CUDA",
+)
 def test_cuda_kernels_beside_a_torch_without_cuda_are_left_alone():
     assert "has no CUDA" in _ext.STATUS["CUDA"]

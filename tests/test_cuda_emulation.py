@@ -81,8 +81,10 @@ def test_a_missing_barrier_changes_the_result_with_the_order(tmp_path):
 
 
 def test_shuffle(tmp_path):
-    assert run(tmp_path, "butterfly") == [f"{sum(range(32))} {sum(range(32, 64))} {sum(range(32, 64))} "
-                                          f"{sum(range(32))} {sum(range(32, 64))} "] * 3
+    assert (
+        run(tmp_path, "butterfly")
+        == [f"{sum(range(32))} {sum(range(32, 64))} {sum(range(32, 64))} {sum(range(32))} {sum(range(32, 64))} "] * 3
+    )
 
 
 @pytest.mark.parametrize("kernel", ["divergent_barrier", "divergent_shuffle"])

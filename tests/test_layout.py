@@ -43,7 +43,11 @@ def test_every_op_has_its_files():
             "tests": f"test_{op}.py",
         }.items():
             assert (ROOT / folder / name).exists(), f"{op} lacks {folder}/{name}"
-        kernels = [ROOT / "kernels" / f"{op}.py", *(ROOT / "csrc").glob(f"c*/{op}.cpp"), *ROOT.glob(f"csrc/cuda/{op}.cu")]
+        kernels = [
+            ROOT / "kernels" / f"{op}.py",
+            *(ROOT / "csrc").glob(f"c*/{op}.cpp"),
+            *ROOT.glob(f"csrc/cuda/{op}.cu"),
+        ]
         assert any(path.exists() for path in kernels), f"{op} has no kernel"
 
 

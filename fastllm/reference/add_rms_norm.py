@@ -7,9 +7,7 @@ from torch import Tensor
 from fastllm.reference import _norm
 
 
-def add_rms_norm_fwd(
-    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def add_rms_norm_fwd(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     total = (x + residual).contiguous()
     y, _, rstd = _norm.norm_fwd(total, weight, None, eps, centered=False)
     return y, total, rstd

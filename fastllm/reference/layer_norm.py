@@ -7,9 +7,7 @@ from torch import Tensor
 from fastllm.reference import _norm
 
 
-def layer_norm_fwd(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def layer_norm_fwd(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     return _norm.norm_fwd(x, weight, bias, eps, centered=True)
 
 

@@ -1,0 +1,270 @@
+"""Draws results, and writes them into the README.
+
+python -m fastllm.benchmarks.report runs/bench/cpu.json --out runs/bench    # a page with plots
+python -m fastllm.benchmarks.report --readme README.md                      # from every file in results/
+python -m fastllm.benchmarks.report --readme README.md --check              # exit code 1 if it is out of date
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import html
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastllm._extras import require
+from fastllm.benchmarks.harness import MUCH, rates
+
+RESULTS = Path(__file__).parent / "results"
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+COLORS = {"fastllm": "#1f5fbf", "eager": "#9aa3ad", "torch.compile": "#e08e2b", "Liger": "#3c9a5f"}
+MORE_COLORS = ("#8a5fb0", "#c2556b", "#4aa3a8", "#7d6b4f")
+
+
+def _contenders(data: dict[str, Any]) -> list[str]:
+    """In the order of their first appearance, fastllm first."""
+    return list(dict.fromkeys(name for result in data["results"] for name in result["contenders"]))
+
+
+def _by_op(data: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for result in data["results"]:
+        found.setdefault(result["op"], []).append(result)
+    return found
+
+
+def _machine(data: dict[str, Any]) -> str:
+    machine = data["machine"]
+    threads = "" if machine["device"] == "cuda" else f", {machine['threads']} threads"
+    return f"{machine['name']}{threads}"
+
+
+def _facts(data: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
+    ceilings = data["ceilings"]
+    matmul = ", ".join(
+        f"{key.split('_')[1]} {value:.3g} TFLOP/s" for key, value in ceilings.items() if key.startswith("matmul_")
+    )
+    return f"{data['date']}; {versions}. Measured ceilings: copy {ceilings['copy_gb_s']:.4g} GB/s, matmul {matmul}."
+
+
+# Plots
+
+
+def _bars(data: dict[str, Any], path: Path, *, speedup: bool) -> None:
+    """One panel an op, one group of bars a case: fastllm's speed-up over each rival, or every contender's GB/s."""
+    pyplot = require("matplotlib.pyplot", "bench")
+    ops, names = _by_op(data), _contenders(data)
+    if speedup:
+        names = names[1:]
+    colors = {name: COLORS.get(name, MORE_COLORS[i % len(MORE_COLORS)]) for i, name in enumerate(names)}
+    heights = [0.5 + len(results) * (0.25 + 0.22 * len(names)) for results in ops.values()]
+    figure, axes = pyplot.subplots(
+        len(ops),
+        1,
+        figsize=(9, sum(heights) + 1.4),
+        sharex=True,
+        squeeze=False,
+        height_ratios=heights,
+        layout="constrained",
+    )
+    ceiling = 1.0 if speedup else data["ceilings"]["copy_gb_s"]
+    largest = ceiling
+    for axis, (op, results) in zip(axes[:, 0], ops.items(), strict=True):
+        for row, result in enumerate(results):
+            present = [name for name in names if name in result["contenders"]]
+            for i, name in enumerate(present):
+                rate = rates(result, name, data["ceilings"])
+                value = rate["speedup"] if speedup else rate["gb_s"]
+                y = row + (i - (len(present) - 1) / 2) * 0.8 / len(names)
+                axis.barh(y, value, 0.74 / len(names), color=colors[name], zorder=2)
+                text = (
+                    f" {value:.2f}x"
+                    if speedup
+                    else f" {value:.4g}" + (f"  ({rate['copy_share']:.0%} of copy)" if name == "fastllm" else "")
+                )
+                largest = max(largest, value)
+                box = {"fc": "white", "ec": "none", "pad": 0.4}
+                at = {"xytext": (3, 0), "textcoords": "offset points"}
+                axis.annotate(text, (value, y), **at, va="center", fontsize=8, zorder=4, bbox=box)
+        axis.set_title(op, loc="left", fontsize=11, fontweight="bold")
+        axis.set_yticks(range(len(results)), [result["case"] for result in results], fontsize=9)
+        axis.set_ylim(len(results) - 0.45, -0.55)
+        axis.axvline(ceiling, color="#333333", linestyle="--", linewidth=1, zorder=3)
+        axis.grid(axis="x", color="#e3e6ea", zorder=0)
+        axis.tick_params(length=0)
+        for side in ("top", "right", "left"):
+            axis.spines[side].set_visible(False)
+    axes[-1, 0].set_xlabel(
+        "speed-up of fastllm (dashed: as fast)" if speedup else "GB/s (dashed: measured copy bandwidth)"
+    )
+    axes[-1, 0].set_xlim(0, 1.12 * largest)  # room for the labels
+    handles = [pyplot.Rectangle((0, 0), 1, 1, color=colors[name]) for name in names]
+    labels = [f"over {name}" if speedup else name for name in names]
+    figure.legend(handles, labels, loc="outside upper right", ncols=len(names), frameon=False)
+    figure.suptitle(_machine(data), x=0.01, ha="left", fontsize=11)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+# The page
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 62em; padding: 0 1em; color: #1c2430; }
+table { border-collapse: collapse; width: 100%; margin: 1em 0; font-variant-numeric: tabular-nums; }
+th, td { text-align: right; padding: .25em .6em; border-bottom: 1px solid #e3e6ea; }
+th:nth-child(-n+3), td:nth-child(-n+3) { text-align: left; }
+tr.fastllm td { border-top: 2px solid #c9d0d8; font-weight: 600; }
+img { max-width: 100%; } .failed { color: #b3261e; } footer, .facts { color: #5b6673; }
+"""
+
+
+def _page(data: dict[str, Any], images: dict[str, bytes]) -> str:
+    escape = html.escape
+    rows = []
+    for result in data["results"]:
+        for name, figures in result["contenders"].items():
+            rate, ours = rates(result, name, data["ceilings"]), name == "fastllm"
+            cells = [
+                result["op"] if ours else "",
+                result["case"] if ours else "",
+                f"{name} ({result['backend']})" if ours else name,
+                f"{figures['median_ms']:.3f}",
+                f"{figures['q1_ms']:.3f} to {figures['q3_ms']:.3f}",
+                f"{rate['gb_s']:.1f}",
+                f"{rate['copy_share']:.0%}",
+                f"{rate['tflop_s']:.3g}",
+                "" if ours else f"{rate['speedup']:.2f}x",
+            ]
+            tag = '<tr class="fastllm">' if ours else "<tr>"
+            rows.append(tag + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
+    head = ("op", "case", "contender", "ms", "quartiles", "GB/s", "of copy", "TFLOP/s", "fastllm's speed-up")
+    notes = [
+        f"{r['op']}, {r['case']}: {name} cannot run: {why}"
+        for r in data["results"]
+        for name, why in r["skipped"].items()
+    ]
+    notes += [
+        f"{r['op']}, {r['case']}: other processes took {r['others']:.0%} of the CPUs."
+        for r in data["results"]
+        if (r["others"] or 0) > MUCH
+    ]
+    failed = [f"{f['op']}, {f['case']}: not timed: {f['reason']}" for f in data["failed"]]
+    pictures = []
+    for title, png in images.items():
+        source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+        pictures.append(f'<h2>{escape(title)}</h2><img alt="{escape(title)}" src="{source}">')
+    lines = [
+        "<!doctype html>",
+        f'<html lang="en"><head><meta charset="utf-8"><title>fastllm on {escape(_machine(data))}</title>',
+        f"<style>{STYLE}</style></head><body>",
+        f"<h1>fastllm on {escape(_machine(data))}</h1>",
+        f'<p class="facts">{escape(_facts(data))}</p>',
+        *(f'<p class="failed">{escape(line)}</p>' for line in failed),
+        *pictures,
+        "<h2>Figures</h2>",
+        "<table><tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in head) + "</tr>",
+        *rows,
+        "</table>",
+        *(f"<p>{escape(line)}</p>" for line in notes),
+        "<footer>Medians of rounds in which the contenders took turns. GB/s counts the bytes that must move, whoever "
+        "moves more.</footer>",
+        "</body></html>",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def write(data: dict[str, Any], folder: Path) -> Path:
+    """Writes speedup.png, bandwidth.png and index.html, which holds both, and returns the last one's path.
+
+    Raises:
+        ImportError: without matplotlib; the message has the command that installs it.
+    """
+    require("matplotlib", "bench").use("Agg")
+    folder.mkdir(parents=True, exist_ok=True)
+    images = {}
+    if data["results"]:
+        for title, speedup in (("Speed-up", True), ("Bandwidth", False)):
+            path = folder / f"{'speedup' if speedup else 'bandwidth'}.png"
+            _bars(data, path, speedup=speedup)
+            images[title] = path.read_bytes()
+    page = folder / "index.html"
+    page.write_text(_page(data, images))
+    return page
+
+
+# The README
+
+
+def markdown(data: dict[str, Any]) -> str:
+    """A machine's results as a table: one line a case."""
+    names = _contenders(data)[1:]
+    head = ["op", "case", "fastllm, ms", "GB/s (of copy)", *(f"vs {name}" for name in names)]
+    lines = [f"**{_machine(data)}**", "", f"| {' | '.join(head)} |", "|---|---|" + "---:|" * (len(head) - 2)]
+    for result in data["results"]:
+        figures, rate = result["contenders"]["fastllm"], rates(result, "fastllm", data["ceilings"])
+        cells = [f"`{result['op']}`", result["case"], f"{figures['median_ms']:.3f} ± {figures['noise']:.0%}"]
+        cells.append(f"{rate['gb_s']:.4g} ({rate['copy_share']:.0%})")
+        for name in names:
+            ran = name in result["contenders"]
+            cells.append(f"{rates(result, name, data['ceilings'])['speedup']:.2f}x" if ran else "n/a")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", _facts(data)])
+
+
+def readme_block(results: Path = RESULTS) -> str:
+    """What stands between the markers: every measured machine, and what is not measured."""
+    found = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
+    found.sort(key=lambda data: data["machine"]["device"] != "cuda")
+    parts = [markdown(data) for data in found]
+    for device, name in (("cuda", "GPU"), ("cpu", "CPU")):
+        if not any(data["machine"]["device"] == device for data in found):
+            parts.append(f"{name}: not yet measured.")
+    return "\n\n".join(parts)
+
+
+def rewrite(text: str, block: str) -> str:
+    """The text with `block` between the markers.
+
+    Raises:
+        ValueError: if the text does not have one of each marker, in order.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end or BEGIN in rest or END in after:
+        raise ValueError(f"expected one {BEGIN} and one {END} after it")
+    return f"{before}{BEGIN}\n{block}\n{END}{after}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns 1 if `--check` finds the README out of date."""
+    parser = argparse.ArgumentParser(prog="python -m fastllm.benchmarks.report", description="Draws benchmark results.")
+    parser.add_argument("json", nargs="?", metavar="JSON", help="a file that `fastllm bench --json` wrote")
+    parser.add_argument("--out", metavar="DIR", help="where the page of JSON goes")
+    parser.add_argument(
+        "--readme", metavar="FILE", help="rewrite the block between the markers from benchmarks/results"
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if --readme would")
+    args = parser.parse_args(argv)
+    if bool(args.json) != bool(args.out) or not (args.json or args.readme):
+        parser.error("give JSON with --out, or --readme")
+    if args.json:
+        print(write(json.loads(Path(args.json).read_text()), Path(args.out)))
+    if args.readme:
+        path = Path(args.readme)
+        before = path.read_text()
+        after = rewrite(before, readme_block())
+        if args.check and after != before:
+            print(f"{path} is out of date: run python -m fastllm.benchmarks.report --readme {path}", file=sys.stderr)
+            return 1
+        if not args.check:
+            path.write_text(after)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

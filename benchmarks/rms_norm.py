@@ -1,0 +1,10 @@
+"""rms_norm against the stock function, compiled and not; Liger-Kernel's on a GPU."""
+
+from __future__ import annotations
+
+from fastllm.benchmarks import _norm
+from fastllm.benchmarks.harness import Case
+
+
+def cases(device: str, quick: bool) -> list[Case]:
+    return _norm.cases("rms_norm", device, quick, target="3.5x eager, 1.5x torch.compile")

@@ -43,6 +43,7 @@ $(VENV)/.torch:
 
 $(READY): $(VENV)/.torch $(COMPILED)
 	$(PY) -m pip install --quiet "setuptools>=77" wheel ninja "pybind11>=2.13"
+	@echo "Installing what tests and training need, and building the kernels: a minute or three."
 	$(PY) -m pip install --quiet --no-build-isolation --editable ".[dev]"
 	@touch $@
 

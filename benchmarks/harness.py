@@ -8,8 +8,8 @@ What the numbers are:
   all of them. The figure is the median over the rounds; the quartiles tell the noise.
 - GB/s and TFLOP/s are the bytes that must move (each input read once, each output written once) and the operations that
   must be done, over the time. What a contender moves beyond that counts against it.
-- The ceiling beside them is the best of the same machine in the same run: a large copy, counted as read and written, and
-  a large matrix product.
+- The ceiling beside them is the best that the same machine did in the same run: a large copy, counted as read and
+  written, and a large matrix product.
 """
 
 from __future__ import annotations

@@ -63,15 +63,8 @@ def _bars(data: dict[str, Any], path: Path, *, speedup: bool) -> None:
         names = names[1:]
     colors = {name: COLORS.get(name, MORE_COLORS[i % len(MORE_COLORS)]) for i, name in enumerate(names)}
     heights = [0.5 + len(results) * (0.25 + 0.22 * len(names)) for results in ops.values()]
-    figure, axes = pyplot.subplots(
-        len(ops),
-        1,
-        figsize=(9, sum(heights) + 1.4),
-        sharex=True,
-        squeeze=False,
-        height_ratios=heights,
-        layout="constrained",
-    )
+    figure, axes = pyplot.subplots(len(ops), sharex=True, squeeze=False, height_ratios=heights, layout="constrained")
+    figure.set_size_inches(9, sum(heights) + 1.4)
     ceiling = 1.0 if speedup else data["ceilings"]["copy_gb_s"]
     largest = ceiling
     for axis, (op, results) in zip(axes[:, 0], ops.items(), strict=True):
@@ -82,11 +75,9 @@ def _bars(data: dict[str, Any], path: Path, *, speedup: bool) -> None:
                 value = rate["speedup"] if speedup else rate["gb_s"]
                 y = row + (i - (len(present) - 1) / 2) * 0.8 / len(names)
                 axis.barh(y, value, 0.74 / len(names), color=colors[name], zorder=2)
-                text = (
-                    f" {value:.2f}x"
-                    if speedup
-                    else f" {value:.4g}" + (f"  ({rate['copy_share']:.0%} of copy)" if name == "fastllm" else "")
-                )
+                text = f"{value:.2f}x" if speedup else f"{value:.3g}"
+                if name == "fastllm":
+                    text += f"  ({rate['copy_share']:.0%} of copy)"
                 largest = max(largest, value)
                 box = {"fc": "white", "ec": "none", "pad": 0.4}
                 at = {"xytext": (3, 0), "textcoords": "offset points"}
@@ -99,9 +90,8 @@ def _bars(data: dict[str, Any], path: Path, *, speedup: bool) -> None:
         axis.tick_params(length=0)
         for side in ("top", "right", "left"):
             axis.spines[side].set_visible(False)
-    axes[-1, 0].set_xlabel(
-        "speed-up of fastllm (dashed: as fast)" if speedup else "GB/s (dashed: measured copy bandwidth)"
-    )
+    label = "speed-up of fastllm (dashed: as fast)" if speedup else "GB/s (dashed: measured copy bandwidth)"
+    axes[-1, 0].set_xlabel(label)
     axes[-1, 0].set_xlim(0, 1.12 * largest)  # room for the labels
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=colors[name]) for name in names]
     labels = [f"over {name}" if speedup else name for name in names]
@@ -216,7 +206,7 @@ def markdown(data: dict[str, Any]) -> str:
     return "\n".join([*lines, "", _facts(data)])
 
 
-def readme_block(results: Path = RESULTS) -> str:
+def readme_block(results: Path) -> str:
     """What stands between the markers: every measured machine, and what is not measured."""
     found = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
     found.sort(key=lambda data: data["machine"]["device"] != "cuda")
@@ -257,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.readme:
         path = Path(args.readme)
         before = path.read_text()
-        after = rewrite(before, readme_block())
+        after = rewrite(before, readme_block(RESULTS))
         if args.check and after != before:
             print(f"{path} is out of date: run python -m fastllm.benchmarks.report --readme {path}", file=sys.stderr)
             return 1

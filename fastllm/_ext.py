@@ -8,7 +8,7 @@ reference from there on.
 from __future__ import annotations
 
 import importlib
-import importlib.util
+import importlib.machinery
 import warnings
 from pathlib import Path
 from types import ModuleType
@@ -26,7 +26,8 @@ STATUS: dict[str, str] = {}
 
 def _load_cpu() -> str:
     global C
-    if importlib.util.find_spec("fastllm._C") is None:
+    # Of this package, and not of an editable installation of another copy of it.
+    if importlib.machinery.PathFinder.find_spec("fastllm._C", [str(Path(__file__).parent)]) is None:
         return "not built: no C++ compiler when fastllm was installed"
     try:
         C = importlib.import_module("fastllm._C")

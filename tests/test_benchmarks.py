@@ -1,0 +1,367 @@
+"""`fastllm bench` end to end on small cases, what it refuses to time, and what it writes."""
+
+from __future__ import annotations
+
+import base64
+import importlib
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import bindings
+import pytest
+import torch
+
+from fastllm import cli, ops
+
+pytest.importorskip("pytest_benchmark")
+from fastllm.benchmarks import _norm, harness, report, suite
+
+ROOT = Path(__file__).parent.parent
+NAMES = ("add_layer_norm", "add_rms_norm", "layer_norm", "rms_norm")
+
+
+def small_cases(op: str):
+    def cases(device: str, quick: bool) -> list[harness.Case]:
+        directions = ("forward+backward",) if quick else ("forward", "backward", "forward+backward")
+        return [_norm.case(op, device, (8, 40), torch.float32, direction, target="a goal") for direction in directions]
+
+    return cases
+
+
+@pytest.fixture
+def small(monkeypatch) -> None:
+    """Small cases, little time, and no compiler: torch.compile runs its function as it is."""
+    for op in NAMES:
+        monkeypatch.setattr(importlib.import_module(f"fastllm.benchmarks.{op}"), "cases", small_cases(op))
+    monkeypatch.setitem(suite.SECONDS, "cpu", 0.02)
+    monkeypatch.setattr(torch, "compile", lambda fn, **_: fn)
+    monkeypatch.setattr(harness, "measure_ceilings", lambda device: {"copy_gb_s": 10.0, "matmul_float32_tflop_s": 0.1})
+
+
+def test_every_op_has_cases_for_every_device():
+    assert set(ops.__all__) <= set(suite.discover())
+    for op, cases in suite.discover().items():
+        for device in ("cpu", "cuda"):
+            found, quick = cases(device, False), cases(device, True)
+            assert {case.op for case in found} == {op}
+            assert len({case.name for case in found}) == len(found), "names tell cases apart"
+            assert {case.name for case in quick} < {case.name for case in found}
+            assert all("eager" in case.rivals for case in found)
+
+
+def test_bytes_and_operations_are_those_of_the_formulas():
+    fp32, bf16 = torch.float32, torch.bfloat16
+    x = 8 * 40
+    forward = _norm.case("rms_norm", "cpu", (8, 40), fp32, "forward")
+    assert forward.bytes == 2 * x * 4 + 8 * 4 + 40 * 4  # x, y; rstd; weight
+    backward = _norm.case("rms_norm", "cpu", (8, 40), fp32, "backward")
+    assert backward.bytes == 3 * x * 4 + 8 * 4 + 2 * 40 * 4  # dy, x, dx; rstd; weight and its gradient
+    both = _norm.case("rms_norm", "cpu", (8, 40), fp32, "forward+backward")
+    assert (both.bytes, both.flops) == (forward.bytes + backward.bytes, forward.flops + backward.flops)
+    mixed = _norm.case("add_layer_norm", "cpu", (8, 40), bf16, "forward", parameters=fp32)
+    assert mixed.bytes == 4 * x * 2 + 2 * 8 * 4 + 2 * 40 * 4  # x, residual, sum, y; mean, rstd; weight, bias
+    assert mixed.name == "bf16 8x40, fp32 weight forward"
+
+
+def test_end_to_end(small, tmp_path, capsys):
+    assert cli.main(["bench", "rms_norm", "layer_norm", "--json", f"{tmp_path}/", "--report", f"{tmp_path}/page"]) == 0
+    output = capsys.readouterr().out
+    assert "[6/6] layer_norm fp32 8x40 forward+backward" in output
+    assert "within the error budget on " in output
+    (path,) = tmp_path.glob("*.json")
+    assert re.fullmatch(r"[a-z0-9-]+\.json", path.name)
+
+    data = json.loads(path.read_text())
+    assert data["format"] == suite.FORMAT
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", data["date"])
+    assert data["versions"]["torch"] == torch.__version__
+    assert data["machine"]["device"] == "cpu"
+    assert data["machine"]["threads"] == torch.get_num_threads()
+    assert data["failed"] == []
+    assert [(r["op"], r["direction"]) for r in data["results"]] == [
+        (op, direction)
+        for op in ("rms_norm", "layer_norm")
+        for direction in ("forward", "backward", "forward+backward")
+    ]
+    for result in data["results"]:
+        assert list(result["contenders"]) == ["fastllm", "eager", "torch.compile"]
+        assert result["rounds"] >= harness.MIN_ROUNDS
+        assert result["target"] == "a goal"
+        for name, figures in result["contenders"].items():
+            assert 0 < figures["min_ms"] <= figures["q1_ms"] <= figures["median_ms"] <= figures["q3_ms"]
+            rate = harness.rates(result, name, data["ceilings"])
+            assert rate["gb_s"] == pytest.approx(result["bytes"] / (figures["median_ms"] * 1e-3) / 1e9)
+            assert rate["copy_share"] == pytest.approx(rate["gb_s"] / 10)
+        ours, eager = (result["contenders"][name]["median_ms"] for name in ("fastllm", "eager"))
+        assert harness.rates(result, "eager", data["ceilings"])["speedup"] == pytest.approx(eager / ours)
+        assert f"{eager / ours:.2f}x" in output
+        assert f"{ours:.3f}" in output
+
+    page = (tmp_path / "page" / "index.html").read_text()
+    for name in ("speedup.png", "bandwidth.png"):
+        png = (tmp_path / "page" / name).read_bytes()
+        assert png.startswith(b"\x89PNG")
+        assert base64.b64encode(png).decode() in page, "the page holds its pictures"
+    assert "http" not in page
+    assert data["machine"]["name"] in page
+    assert torch.__version__ in page
+
+
+@pytest.mark.parametrize("tensor", ["output", "gradient"])
+def test_a_wrong_kernel_is_not_timed(small, tensor, monkeypatch, tmp_path, capsys):
+    right = ops.rms_norm
+
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y):
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx, dy):
+            return dy * 1.01
+
+    def rms_norm(input, normalized_shape, weight=None, eps=None):
+        y = right(input, normalized_shape, weight, eps)
+        if y.dtype == torch.float64:
+            return y
+        return y * 1.01 if tensor == "output" else Wrong.apply(y)
+
+    monkeypatch.setattr(ops, "rms_norm", rms_norm)
+    monkeypatch.setattr(harness.Race, "round", lambda self: pytest.fail("a wrong kernel was timed"))
+    path = tmp_path / "out.json"
+    assert suite.main(["rms_norm", "--quick", "--json", str(path)]) == 1
+    captured = capsys.readouterr()
+    assert f"FAILED, not timed: AssertionError: rms_norm: {tensor}" in captured.err
+    assert "FAILED, not timed" in captured.out
+    data = json.loads(path.read_text())
+    assert data["results"] == []
+    assert [(f["op"], f["case"]) for f in data["failed"]] == [("rms_norm", "fp32 8x40 forward+backward")]
+    assert "over the budget" in data["failed"][0]["reason"]
+
+
+def test_one_wrong_op_does_not_stop_the_others(small, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(ops, "rms_norm", lambda x, *args: x * 2)
+    assert suite.main(["rms_norm", "layer_norm", "--quick", "--report", str(tmp_path)]) == 1
+    assert "layer_norm  fp32 8x40 forward+backward  fastllm (" in capsys.readouterr().out
+    assert "not timed" in (tmp_path / "index.html").read_text()
+
+
+def test_a_rival_that_cannot_run_is_named(small, monkeypatch, capsys):
+    def refuse(fn, **_):
+        def compiled(*args):
+            raise NotImplementedError("no compiler here")
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    assert suite.main(["rms_norm", "--quick"]) == 0
+    assert "torch.compile cannot run: NotImplementedError: no compiler here" in capsys.readouterr().out
+
+
+def test_contenders_take_turns(small):
+    race = harness.Race(small_cases("rms_norm")("cpu", True)[0], "cpu", 0.01)
+    turns: list[str] = []
+    for contender in race.contenders:
+        contender.call = lambda _, name=contender.name: turns.append(name)
+    race._turn = 0
+    for _ in range(3):
+        race.round()
+    f, e, c = "fastllm", "eager", "torch.compile"
+    assert turns == [f, e, c, e, c, f, c, f, e]
+
+
+def test_a_rival_may_overwrite_its_gradient(small):
+    case = small_cases("rms_norm")("cpu", True)[0]
+
+    class InPlace(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, shape, weight):
+            return x * weight
+
+        @staticmethod
+        def backward(ctx, dy):
+            return dy.mul_(2), None, torch.ones(40)
+
+    case.rivals["in place"] = InPlace.apply
+    race = harness.Race(case, "cpu", 0.01)
+    race.round()
+    assert not race.skipped
+
+
+def test_summary_of_known_samples():
+    figures = harness.summary([0.001, 0.002, 0.003, 0.004, 0.005])
+    assert figures == {"median_ms": 3.0, "q1_ms": 2.0, "q3_ms": 4.0, "min_ms": 1.0, "noise": 0.3333}
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="needs /proc/stat")
+def test_disturbance_sees_other_processes_and_not_its_own():
+    burn = "import time; end = time.monotonic() + 1.2\nwhile time.monotonic() < end: pass"
+    with subprocess.Popen([sys.executable, "-c", burn]), harness.Disturbance() as others:
+        time.sleep(1.0)
+    cores = len(re.findall(r"^cpu\d", Path("/proc/stat").read_text(), re.M))
+    assert others.share > 0.5 / cores
+
+
+def test_ceilings_of_this_machine():
+    ceilings = harness.measure_ceilings("cpu")
+    assert set(ceilings) == {"copy_gb_s", "matmul_fp32_tflop_s", "matmul_bf16_tflop_s"}
+    assert all(math.isfinite(value) and value > 0 for value in ceilings.values())
+    assert 0.5 < ceilings["copy_gb_s"] < 5000
+
+
+@bindings.needs_compiler
+def test_with_torch_compile_in_a_process_of_its_own(tmp_path):
+    """The real thing on the real entry point: pytest, pytest-benchmark and Inductor."""
+    code = """
+import sys, torch
+from fastllm.benchmarks import _norm, harness, rms_norm, suite
+
+rms_norm.cases = lambda device, quick: [_norm.case("rms_norm", device, (64, 256), torch.bfloat16, "forward")]
+harness.measure_ceilings = lambda device: {"copy_gb_s": 10.0}
+suite.SECONDS["cpu"] = 0.1
+sys.exit(suite.main(["rms_norm", "--threads", "1", "--json", sys.argv[1]]))
+"""
+    path = tmp_path / "deep" / "er.json"
+    # A user's pytest options must not reach it.
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_ADDOPTS": "--no-such-option"}
+    environment["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # starts no pool of processes
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    data = json.loads(path.read_text())
+    assert data["machine"]["threads"] == 1
+    assert data["results"][0]["skipped"] == {}
+    assert set(data["results"][0]["contenders"]) == {"fastllm", "eager", "torch.compile"}
+    assert {p.name for p in tmp_path.iterdir()} == {"deep"}, "leaves nothing behind"
+
+
+# Arguments
+
+
+def test_unknown_op(capsys):
+    assert cli.main(["bench", "no_norm"]) == 2
+    assert capsys.readouterr().err == (
+        "fastllm: error: unknown op 'no_norm'; known are " + ", ".join(sorted(suite.discover())) + "\n"
+    )
+
+
+def test_arguments_that_make_no_sense(capsys):
+    assert suite.main(["--threads", "0"]) == 2
+    if not torch.cuda.is_available():
+        assert suite.main(["--device", "cuda"]) == 2
+        assert "torch sees no GPU" in capsys.readouterr().err
+
+
+def test_list_runs_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(suite, "run", lambda *_: pytest.fail("ran"))
+    assert suite.main(["rms_norm", "--device", "cuda", "--list"]) == 0
+    assert "rms_norm         bf16 8192x16384 backward" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("module", "package"), [("pytest_benchmark", "pytest_benchmark"), ("matplotlib", "matplotlib")]
+)
+def test_a_missing_extra_names_the_command(module, package, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr(suite, "run", lambda *_: pytest.fail("ran"))
+    assert cli.main(["bench", "rms_norm", "--report", str(tmp_path)]) == 1
+    assert 'pip install "fastllm-kernels[bench]"' in capsys.readouterr().err
+
+
+def test_where_the_json_goes(tmp_path):
+    name = "Fast(R) CPU @ 2.0GHz"
+    assert suite.json_path(f"{tmp_path}/new/", name) == tmp_path / "new" / "fast-r-cpu-2-0ghz.json"
+    assert suite.json_path(str(tmp_path), name) == tmp_path / "fast-r-cpu-2-0ghz.json"
+    assert suite.json_path(f"{tmp_path}/my.json", name) == tmp_path / "my.json"
+
+
+# The README
+
+
+def result(device: str = "cpu", name: str = "A CPU") -> dict:
+    def figures(median: float) -> dict:
+        return {"median_ms": median, "q1_ms": median, "q3_ms": median, "min_ms": median, "noise": 0.02}
+
+    contenders = {"fastllm": figures(2.0), "eager": figures(7.0), "torch.compile": figures(3.0)}
+    case = {"case": "fp32 4096x1024 forward", "direction": "forward", "backend": device, "target": "", "rounds": 20}
+    case |= {"bytes": 20_000_000, "flops": 1_000_000, "others": 0.0}
+    return {
+        "format": 1,
+        "date": "2026-01-02",
+        "machine": {"device": device, "cpu": "A CPU", "threads": 2, "name": name},
+        "versions": {"torch": "2.13.0"},
+        "ceilings": {"copy_gb_s": 20.0, "matmul_fp32_tflop_s": 0.5},
+        "results": [
+            {"op": "rms_norm", **case, "contenders": contenders, "skipped": {}},
+            {"op": "layer_norm", **case, "contenders": {"fastllm": figures(2.0), "eager": figures(4.0)}, "skipped": {}},
+        ],
+        "failed": [],
+    }
+
+
+def test_readme_block(tmp_path, monkeypatch, capsys):
+    results = tmp_path / "results"
+    results.mkdir()
+    monkeypatch.setattr(report, "RESULTS", results)
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    check, write = ["--readme", str(readme), "--check"], ["--readme", str(readme)]
+
+    assert report.main(check) == 1
+    assert "is out of date: run python -m fastllm.benchmarks.report" in capsys.readouterr().err
+    assert "old" in readme.read_text(), "--check writes nothing"
+    assert report.main(write) == 0
+    assert readme.read_text() == (
+        f"before\n{report.BEGIN}\nGPU: not yet measured.\n\nCPU: not yet measured.\n{report.END}\nafter\n"
+    )
+    assert report.main(check) == 0
+
+    (results / "a-cpu.json").write_text(json.dumps(result()))
+    assert report.main(check) == 1
+    assert report.main(write) == 0
+    text = readme.read_text()
+    assert "| op | case | fastllm, ms | GB/s (of copy) | vs eager | vs torch.compile |" in text
+    assert "| `rms_norm` | fp32 4096x1024 forward | 2.000 ± 2% | 10 (50%) | 3.50x | 1.50x |" in text
+    assert "| `layer_norm` | fp32 4096x1024 forward | 2.000 ± 2% | 10 (50%) | 2.00x | n/a |" in text
+    assert "2026-01-02; torch 2.13.0. Measured ceilings: copy 20 GB/s, matmul fp32 0.5 TFLOP/s." in text
+    assert "GPU: not yet measured." in text
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+
+    (results / "z-gpu.json").write_text(json.dumps(result("cuda", "A GPU")))
+    assert report.main(write) == 0
+    text = readme.read_text()
+    assert text.index("**A GPU**") < text.index("**A CPU, 2 threads**")
+    assert "not yet measured" not in text
+    assert report.main(check) == 0
+
+
+@pytest.mark.parametrize("text", ["", report.BEGIN, report.END + report.BEGIN, 2 * (report.BEGIN + report.END)])
+def test_readme_without_its_markers(text):
+    with pytest.raises(ValueError, match="expected one <!-- benchmarks:begin -->"):
+        report.rewrite(text, "block")
+
+
+def test_the_readme_is_up_to_date():
+    assert report.main(["--readme", str(ROOT / "README.md"), "--check"]) == 0
+
+
+def test_report_of_a_file(tmp_path):
+    path = tmp_path / "result.json"
+    data = result()
+    data["results"][0]["contenders"]["a rival without a colour"] = data["results"][0]["contenders"]["eager"]
+    data["failed"] = [{"op": "rms_norm", "case": "bf16 <1>", "reason": "1 < 2"}]
+    path.write_text(json.dumps(data))
+    assert report.main([str(path), "--out", str(tmp_path / "page")]) == 0
+    page = (tmp_path / "page" / "index.html").read_text()
+    assert "a rival without a colour" in page
+    assert "bf16 &lt;1&gt;: not timed: 1 &lt; 2" in page
+    with pytest.raises(SystemExit):
+        report.main([str(path)])

@@ -28,6 +28,7 @@ struct NormFwd {
   void* sum;  // x + residual in the activations' type; written only if there is a residual
   float* mean;
   float* rstd;
+  bool streamed;  // CPU only: y goes around the cache; its rows are aligned to 64 bytes then
 };
 
 struct NormBwd {
@@ -46,6 +47,7 @@ struct NormBwd {
   const float* mean;
   const float* rstd;
   void* dx;
+  bool streamed;  // CPU only: as above, for dx
 };
 
 }  // namespace fastllm

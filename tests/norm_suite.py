@@ -106,6 +106,14 @@ class NormSuite:
             for width in (20480, 20483) if binding == "cuda-emulated" else (131072, 131075):
                 self.check(self.args((2, width), torch.bfloat16, device=device))
 
+    @pytest.mark.parametrize("binding", [f"cpu-{isa}" for isa in bindings.ISAS])
+    def test_large_outputs(self, binding):
+        """From 8 MiB on, the CPU kernels write aligned rows around the cache."""
+        with bindings.bound(binding):
+            self.check(self.args((2051, 1024)))
+            self.check(self.args((2051, 1025)))
+            self.check(self.args((4111, 1056), torch.bfloat16))
+
     @pytest.mark.parametrize("binding", bindings.NAMES)
     @pytest.mark.parametrize("layout", LAYOUTS)
     def test_layouts(self, binding, layout):

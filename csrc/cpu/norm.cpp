@@ -1,6 +1,7 @@
 #include "../norm.h"
 
 #include "capability.h"
+#include "large_output.h"
 #include "norm_rows.h"
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -75,13 +76,13 @@ NormFwdOut norm_fwd(
   check_parameter("bias", bias, x);
   const int64_t n = x.size(x.dim() - 1);
   NormFwdOut out;
-  out.y = torch::stable::new_empty(x, x.sizes());
+  out.y = new_output(x);
   out.rstd = empty_rows(x, ScalarType::Float);
   if (centered) {
     out.mean = empty_rows(x, ScalarType::Float);
   }
   if (residual.has_value()) {
-    out.sum = torch::stable::new_empty(x, x.sizes());
+    out.sum = new_output(x);
   }
   if (x.numel() == 0) {
     return out;
@@ -109,6 +110,7 @@ NormFwdOut norm_fwd(
   a.y = out.y.mutable_data_ptr();
   a.mean = centered ? static_cast<float*>(out.mean.mutable_data_ptr()) : nullptr;
   a.rstd = static_cast<float*>(out.rstd.mutable_data_ptr());
+  a.streamed = should_stream(out.y, n);
   const NormRows& kernel = rows_kernel();
   torch::stable::parallel_for(0, a.rows, grain(n), [&](int64_t begin, int64_t end) { kernel.fwd(a, begin, end); });
   return out;
@@ -136,7 +138,7 @@ NormBwdOut norm_bwd(
   weight_grad = weight_grad && weight.has_value();
   bias_grad = bias_grad && bias.has_value();
   NormBwdOut out;
-  out.dx = torch::stable::new_empty(x, x.sizes());
+  out.dx = new_output(x);
   out.dweight = empty_vector(x, weight_grad ? n : 0, weight.has_value() ? weight->scalar_type() : x.scalar_type());
   out.dbias = empty_vector(x, bias_grad ? n : 0, bias.has_value() ? bias->scalar_type() : x.scalar_type());
 
@@ -171,6 +173,7 @@ NormBwdOut norm_bwd(
     a.mean = centered ? static_cast<const float*>(mean_dense->const_data_ptr()) : nullptr;
     a.rstd = static_cast<const float*>(rstd_dense.const_data_ptr());
     a.dx = out.dx.mutable_data_ptr();
+    a.streamed = should_stream(out.dx, n);
     const NormRows& kernel = rows_kernel();
     torch::stable::parallel_for(0, blocks, grain(block_rows * n), [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block) {

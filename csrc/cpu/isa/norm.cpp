@@ -10,6 +10,16 @@ namespace {
 
 constexpr int64_t kBlock = 2048;  // elements summed before they are added to the row's total
 
+// Whole vectors go around the cache where `streamed`.
+template <class T>
+void store_output(T* p, Vec v, bool streamed) {
+  streamed ? stream(p, v) : store(p, v);
+}
+template <class T>
+void store_output(T* p, Vec v, bool, int64_t count) {
+  store(p, v, count);
+}
+
 template <bool kCentered, class T>
 void fwd_rows(const NormFwd& a, int64_t begin, int64_t end) {
   const int64_t n = a.n;
@@ -82,9 +92,10 @@ void fwd_rows(const NormFwd& a, int64_t begin, int64_t end) {
       if (bias != nullptr) {
         v = v + load(bias + i, count...);
       }
-      store(y + i, v, count...);
+      store_output(y + i, v, a.streamed, count...);
     });
   }
+  stream_fence();
 }
 
 template <bool kCentered, class T>
@@ -136,9 +147,10 @@ void bwd_rows(const NormBwd& a, int64_t begin, int64_t end, float* dweight, floa
       if (a.dsum != nullptr) {
         out = out + load(dsum + i, count...);
       }
-      store(dx + i, out, count...);
+      store_output(dx + i, out, a.streamed, count...);
     });
   }
+  stream_fence();
 }
 
 template <bool kCentered>

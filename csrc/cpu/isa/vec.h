@@ -130,6 +130,33 @@ inline void store(Half* p, Vec v) {
 }
 #endif
 
+// Stores a whole vector around the cache: what it overwrites need not be fetched first. p must be a multiple of the
+// vector's size. stream_fence() orders such stores before what follows.
+template <class T>
+inline void stream(T* p, Vec v) {
+  T buffer[kLanes];
+  store(buffer, v);
+#if defined(__AVX512F__) || defined(__AVX2__)
+  if constexpr (sizeof(buffer) == 64) {
+#if defined(__AVX512F__)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), *reinterpret_cast<const __m512i_u*>(buffer));
+#endif
+  } else if constexpr (sizeof(buffer) == 32) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), *reinterpret_cast<const __m256i_u*>(buffer));
+  } else {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), *reinterpret_cast<const __m128i_u*>(buffer));
+  }
+#else
+  __builtin_memcpy(p, buffer, sizeof(buffer));
+#endif
+}
+
+inline void stream_fence() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
 // Starts to fetch the cache line at p, into the second level: the first is full of the row in hand.
 inline void prefetch(const void* p) {
   __builtin_prefetch(p, 0, 2);

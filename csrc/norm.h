@@ -53,16 +53,58 @@ inline void check_parameter(const char* what, const MaybeTensor& t, const Tensor
   }
 }
 
-// Implemented by cpu/norm.cpp and cuda/norm.cpp, each in its own shared object.
-NormFwdOut norm_fwd(
+// What cpu/norm.cpp and cuda/norm.cpp implement, each in its own shared object. `a` comes with everything but weight
+// and bias; there is at least one element.
+Tensor new_output(const Tensor& x);  // not initialized, contiguous, of x's shape and type
+void run_norm_fwd(NormFwd a, const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias);
+void run_norm_bwd(NormBwd a, const Tensor& x, const MaybeTensor& weight, const NormBwdOut& out);
+
+inline NormFwdOut norm_fwd(
     bool centered,
     const Tensor& x,
     const MaybeTensor& residual,
     const MaybeTensor& weight,
     const MaybeTensor& bias,
-    double eps);
+    double eps) {
+  check_rows("residual", residual, x);
+  check_parameter("weight", weight, x);
+  check_parameter("bias", bias, x);
+  NormFwdOut out;
+  out.y = new_output(x);
+  out.rstd = empty_rows(x, ScalarType::Float);
+  if (centered) {
+    out.mean = empty_rows(x, ScalarType::Float);
+  }
+  if (residual.has_value()) {
+    out.sum = new_output(x);
+  }
+  if (x.numel() == 0) {
+    return out;
+  }
+  const Rows x_rows = as_rows(x);
+  std::optional<Rows> residual_rows;
+  NormFwd a{};
+  a.dtype = dtype_of(x);
+  a.centered = centered;
+  a.n = x.size(x.dim() - 1);
+  a.rows = x.numel() / a.n;
+  a.eps = static_cast<float>(eps);
+  a.x = x_rows.data();
+  a.x_stride = x_rows.stride;
+  if (residual.has_value()) {
+    residual_rows = as_rows(*residual);
+    a.residual = residual_rows->data();
+    a.residual_stride = residual_rows->stride;
+    a.sum = out.sum.mutable_data_ptr();
+  }
+  a.y = out.y.mutable_data_ptr();
+  a.mean = centered ? static_cast<float*>(out.mean.mutable_data_ptr()) : nullptr;
+  a.rstd = static_cast<float*>(out.rstd.mutable_data_ptr());
+  run_norm_fwd(a, x, weight, bias);
+  return out;
+}
 
-NormBwdOut norm_bwd(
+inline NormBwdOut norm_bwd(
     bool centered,
     const Tensor& dy,
     const MaybeTensor& dsum,
@@ -72,7 +114,50 @@ NormBwdOut norm_bwd(
     const MaybeTensor& weight,
     const MaybeTensor& bias,
     bool weight_grad,
-    bool bias_grad);
+    bool bias_grad) {
+  check_rows("dy", dy, x);
+  check_rows("dsum", dsum, x);
+  check_statistic("mean", mean, x);
+  check_statistic("rstd", rstd, x);
+  check_parameter("weight", weight, x);
+  check_parameter("bias", bias, x);
+  const int64_t n = x.size(x.dim() - 1);
+  NormBwdOut out;
+  out.dx = new_output(x);
+  auto parameter_grad = [&](const MaybeTensor& parameter, bool wanted) {
+    return empty_vector(x, parameter && wanted ? n : 0, parameter ? parameter->scalar_type() : x.scalar_type());
+  };
+  out.dweight = parameter_grad(weight, weight_grad);
+  out.dbias = parameter_grad(bias, bias_grad);
+  if (x.numel() == 0) {
+    torch::stable::zero_(out.dweight);
+    torch::stable::zero_(out.dbias);
+    return out;
+  }
+  const Rows dy_rows = as_rows(dy), x_rows = as_rows(x);
+  std::optional<Rows> dsum_rows;
+  const Tensor rstd_dense = torch::stable::contiguous(rstd);
+  const Tensor mean_dense = centered ? torch::stable::contiguous(*mean) : rstd_dense;
+  NormBwd a{};
+  a.dtype = dtype_of(x);
+  a.centered = centered;
+  a.n = n;
+  a.rows = x.numel() / n;
+  a.dy = dy_rows.data();
+  a.dy_stride = dy_rows.stride;
+  a.x = x_rows.data();
+  a.x_stride = x_rows.stride;
+  if (dsum.has_value()) {
+    dsum_rows = as_rows(*dsum);
+    a.dsum = dsum_rows->data();
+    a.dsum_stride = dsum_rows->stride;
+  }
+  a.mean = centered ? static_cast<const float*>(mean_dense.const_data_ptr()) : nullptr;
+  a.rstd = static_cast<const float*>(rstd_dense.const_data_ptr());
+  a.dx = out.dx.mutable_data_ptr();
+  run_norm_bwd(a, x, weight, out);
+  return out;
+}
 
 // The kernels compute activations, weight and bias in fp32, bf16 or fp16 each; ops/_norm.py says the same to `explain`.
 inline bool norm_supported(const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias = std::nullopt) {

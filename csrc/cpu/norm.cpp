@@ -64,135 +64,48 @@ int64_t grain(int64_t elements_each) {
 
 }  // namespace
 
-NormFwdOut norm_fwd(
-    bool centered,
-    const Tensor& x,
-    const MaybeTensor& residual,
-    const MaybeTensor& weight,
-    const MaybeTensor& bias,
-    double eps) {
-  check_rows("residual", residual, x);
-  check_parameter("weight", weight, x);
-  check_parameter("bias", bias, x);
-  const int64_t n = x.size(x.dim() - 1);
-  NormFwdOut out;
-  out.y = new_output(x);
-  out.rstd = empty_rows(x, ScalarType::Float);
-  if (centered) {
-    out.mean = empty_rows(x, ScalarType::Float);
-  }
-  if (residual.has_value()) {
-    out.sum = new_output(x);
-  }
-  if (x.numel() == 0) {
-    return out;
-  }
-  const Rows x_rows = as_rows(x);
-  std::optional<Rows> residual_rows;
+Tensor new_output(const Tensor& x) {
+  Tensor output = torch::stable::new_empty(x, x.sizes());
+  advise_huge_pages(output.mutable_data_ptr(), bytes_of(output));
+  return output;
+}
+
+void run_norm_fwd(NormFwd a, const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias) {
   std::vector<float> weight_buffer, bias_buffer;
-  NormFwd a{};
-  a.dtype = dtype_of(x);
-  a.centered = centered;
-  a.rows = x.numel() / n;
-  a.n = n;
-  a.eps = static_cast<float>(eps);
-  a.x = x_rows.data();
-  a.x_stride = x_rows.stride;
-  if (residual.has_value()) {
-    residual_rows = as_rows(*residual);
-    a.residual = residual_rows->data();
-    a.residual_stride = residual_rows->stride;
-    a.sum = out.sum.mutable_data_ptr();
-  }
   a.weight = as_floats(weight, weight_buffer);
   a.bias = as_floats(bias, bias_buffer);
   a.weight_is_float = a.bias_is_float = true;
-  a.y = out.y.mutable_data_ptr();
-  a.mean = centered ? static_cast<float*>(out.mean.mutable_data_ptr()) : nullptr;
-  a.rstd = static_cast<float*>(out.rstd.mutable_data_ptr());
-  a.streamed = should_stream(out.y, n);
+  a.streamed = should_stream(a.y, bytes_of(x), bytes_of(x) / a.rows);
   const NormRows& kernel = rows_kernel();
-  torch::stable::parallel_for(0, a.rows, grain(n), [&](int64_t begin, int64_t end) { kernel.fwd(a, begin, end); });
-  return out;
+  torch::stable::parallel_for(0, a.rows, grain(a.n), [&](int64_t begin, int64_t end) { kernel.fwd(a, begin, end); });
 }
 
-NormBwdOut norm_bwd(
-    bool centered,
-    const Tensor& dy,
-    const MaybeTensor& dsum,
-    const Tensor& x,
-    const MaybeTensor& mean,
-    const Tensor& rstd,
-    const MaybeTensor& weight,
-    const MaybeTensor& bias,
-    bool weight_grad,
-    bool bias_grad) {
-  check_rows("dy", dy, x);
-  check_rows("dsum", dsum, x);
-  check_statistic("mean", mean, x);
-  check_statistic("rstd", rstd, x);
-  check_parameter("weight", weight, x);
-  check_parameter("bias", bias, x);
-  const int64_t n = x.size(x.dim() - 1);
-  const int64_t rows = n == 0 ? 0 : x.numel() / n;
-  weight_grad = weight_grad && weight.has_value();
-  bias_grad = bias_grad && bias.has_value();
-  NormBwdOut out;
-  out.dx = new_output(x);
-  out.dweight = empty_vector(x, weight_grad ? n : 0, weight.has_value() ? weight->scalar_type() : x.scalar_type());
-  out.dbias = empty_vector(x, bias_grad ? n : 0, bias.has_value() ? bias->scalar_type() : x.scalar_type());
-
+void run_norm_bwd(NormBwd a, const Tensor& x, const MaybeTensor& weight, const NormBwdOut& out) {
   // Rows are cut into blocks, each with partial sums of its own, added in order afterwards: the result depends on
   // neither the number of threads nor their timing, and long sums stay short. 16 rows a block bound the partial sums'
   // memory by that of x.
-  const int64_t blocks = std::clamp<int64_t>(rows / 16, 1, 64);
-  const int64_t block_rows = (rows + blocks - 1) / blocks;
-  std::vector<float> dweight(weight_grad ? blocks * n : 0), dbias(bias_grad ? blocks * n : 0);
-  if (rows > 0) {
-    const Rows dy_rows = as_rows(dy), x_rows = as_rows(x);
-    std::optional<Rows> dsum_rows;
-    const Tensor rstd_dense = torch::stable::contiguous(rstd);
-    const MaybeTensor mean_dense = centered ? MaybeTensor(torch::stable::contiguous(*mean)) : std::nullopt;
-    std::vector<float> weight_buffer;
-    NormBwd a{};
-    a.dtype = dtype_of(x);
-    a.centered = centered;
-    a.rows = rows;
-    a.n = n;
-    a.dy = dy_rows.data();
-    a.dy_stride = dy_rows.stride;
-    a.x = x_rows.data();
-    a.x_stride = x_rows.stride;
-    if (dsum.has_value()) {
-      dsum_rows = as_rows(*dsum);
-      a.dsum = dsum_rows->data();
-      a.dsum_stride = dsum_rows->stride;
+  const int64_t blocks = std::clamp<int64_t>(a.rows / 16, 1, 64);
+  const int64_t block_rows = (a.rows + blocks - 1) / blocks;
+  std::vector<float> dweight(blocks * out.dweight.numel()), dbias(blocks * out.dbias.numel()), weight_buffer;
+  a.weight = as_floats(weight, weight_buffer);
+  a.weight_is_float = true;
+  a.streamed = should_stream(a.dx, bytes_of(x), bytes_of(x) / a.rows);
+  auto block_of = [&](std::vector<float>& sums, int64_t block) {
+    return sums.empty() ? nullptr : sums.data() + block * a.n;
+  };
+  const NormRows& kernel = rows_kernel();
+  torch::stable::parallel_for(0, blocks, grain(block_rows * a.n), [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t first = std::min(a.rows, block * block_rows), last = std::min(a.rows, first + block_rows);
+      kernel.bwd(a, first, last, block_of(dweight, block), block_of(dbias, block));
     }
-    a.weight = as_floats(weight, weight_buffer);
-    a.weight_is_float = true;
-    a.mean = centered ? static_cast<const float*>(mean_dense->const_data_ptr()) : nullptr;
-    a.rstd = static_cast<const float*>(rstd_dense.const_data_ptr());
-    a.dx = out.dx.mutable_data_ptr();
-    a.streamed = should_stream(out.dx, n);
-    const NormRows& kernel = rows_kernel();
-    torch::stable::parallel_for(0, blocks, grain(block_rows * n), [&](int64_t begin, int64_t end) {
-      for (int64_t block = begin; block < end; ++block) {
-        const int64_t first = std::min(rows, block * block_rows), last = std::min(rows, first + block_rows);
-        kernel.bwd(
-            a,
-            first,
-            last,
-            weight_grad ? dweight.data() + block * n : nullptr,
-            bias_grad ? dbias.data() + block * n : nullptr);
-      }
-    });
-  }
-  auto reduce = [&](const std::vector<float>& partial, const Tensor& result) {
+  });
+  auto reduce = [&](const std::vector<float>& sums, const Tensor& result) {
     with_pointer(result, [&](auto* p) {
-      torch::stable::parallel_for(0, n, grain(blocks), [&](int64_t begin, int64_t end) {
-        std::vector<float> total(partial.begin() + begin, partial.begin() + end);
+      torch::stable::parallel_for(0, result.numel(), grain(blocks), [&](int64_t begin, int64_t end) {
+        std::vector<float> total(sums.begin() + begin, sums.begin() + end);
         for (int64_t block = 1; block < blocks; ++block) {
-          const float* part = partial.data() + block * n + begin;
+          const float* part = sums.data() + block * a.n + begin;
           for (int64_t i = 0; i < end - begin; ++i) {
             total[i] += part[i];
           }
@@ -201,13 +114,12 @@ NormBwdOut norm_bwd(
       });
     });
   };
-  if (weight_grad) {
+  if (!dweight.empty()) {
     reduce(dweight, out.dweight);
   }
-  if (bias_grad) {
+  if (!dbias.empty()) {
     reduce(dbias, out.dbias);
   }
-  return out;
 }
 
 }  // namespace fastllm

@@ -27,16 +27,18 @@ help:
 	@echo "make clean   remove what was built and installed; runs/ stays"
 	@echo "The first target that needs it makes $(VENV) from PYTHON=$(PYTHON) and builds the kernels."
 
-# A torch that PYTHON already imports is taken, through --system-site-packages, unless TORCH says otherwise.
+# A torch that PYTHON already imports is taken, unless TORCH says otherwise: the new environment then looks up packages
+# in PYTHON's as well. (Not by --system-site-packages, which knows no environment but the system's.)
 $(VENV)/.torch:
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), f"fastllm needs Python >= 3.10, not {sys.version}"'
+	$(PYTHON) -m venv $(VENV)
 	@set -e; if [ -z "$(TORCH)" ] && $(PYTHON) -c 'import torch; v = torch.__version__.split("."); assert (int(v[0]), int(v[1])) >= (2, 11)' 2>/dev/null; then \
 	  echo "Taking the torch of $(PYTHON)."; \
-	  $(PYTHON) -m venv --system-site-packages $(VENV); \
+	  $(PYTHON) -c 'import sys; print("\n".join(p for p in sys.path if p.endswith("-packages")))' \
+	    > "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/outer.pth"; \
 	else \
-	  $(PYTHON) -m venv $(VENV); \
-	  $(PY) -m pip install --quiet --upgrade pip; \
 	  echo "Installing $(or $(TORCH),torch==2.13.0)."; \
+	  $(PY) -m pip install --quiet --upgrade pip; \
 	  $(PY) -m pip install --quiet $(or $(TORCH),torch==2.13.0); \
 	fi
 	@touch $@

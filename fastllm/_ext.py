@@ -39,7 +39,7 @@ def _load_cpu() -> str:
 
 def _load_cuda() -> str:
     if not CUDA_LIBRARY.exists():
-        return "not built: no nvcc when fastllm was installed"
+        return "not built: no nvcc, or FASTLLM_CUDA=0, when fastllm was installed"
     if torch.version.cuda is None:
         return f"built, not loaded: torch {torch.__version__} has no CUDA"
     try:

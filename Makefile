@@ -44,7 +44,7 @@ $(VENV)/.torch:
 	@touch $@
 
 $(READY): $(VENV)/.torch $(COMPILED)
-	$(PY) -m pip install --quiet "setuptools>=77" wheel ninja "pybind11>=2.13"
+	$(PY) -m pip install --quiet "setuptools>=77" wheel ninja "pybind11>=2.13" numpy
 	@echo "Installing what tests and training need, and building the kernels: a minute or three."
 	$(PY) -m pip install --quiet --no-build-isolation --editable ".[dev]"
 	@touch $@

@@ -15,6 +15,7 @@ What the numbers are:
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import datetime
 import functools
 import gc
@@ -297,9 +298,19 @@ def environment(device: str) -> dict[str, Any]:
     return {"date": today, "machine": machine, "versions": versions}
 
 
+def keep_freed_memory() -> None:
+    """Tells glibc, for the rest of the process, to reuse freed blocks rather than return them to the system."""
+    trim_threshold, mmap_max = -1, -4  # from malloc.h
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, 2**31 - 1)
+
+
 @contextlib.contextmanager
 def quiet_machine(threads: int | None) -> Iterator[None]:
-    """No garbage collection, and `threads` CPU threads where given."""
+    """No garbage collection, freed memory kept, and `threads` CPU threads where given."""
+    keep_freed_memory()
     before, collects = torch.get_num_threads(), gc.isenabled()
     if threads is not None:
         torch.set_num_threads(threads)

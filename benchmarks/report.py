@@ -202,7 +202,11 @@ def markdown(data: dict[str, Any]) -> str:
         for name in names:
             ran = name in result["contenders"]
             cells.append(f"{rates(result, name, data['ceilings'])['speedup']:.2f}x" if ran else "n/a")
+        if (result["others"] or 0) > MUCH:
+            cells[1] += " (disturbed)"
         lines.append(f"| {' | '.join(cells)} |")
+    if any("(disturbed)" in line for line in lines):
+        lines += ["", f"(disturbed): other processes took more than {MUCH:.0%} of the CPUs."]
     return "\n".join([*lines, "", _facts(data)])
 
 

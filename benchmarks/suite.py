@@ -216,6 +216,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         data["ceilings"] = harness.measure_ceilings(args.device)
         print(", ".join(f"{key} {value:g}" for key, value in data["ceilings"].items()), flush=True)
         data["results"], data["failed"] = run(cases, args.device, SECONDS[args.device])
+        # Once more, since something else may have run the first time.
+        again = harness.measure_ceilings(args.device)
+        data["ceilings"] = {key: max(value, again[key]) for key, value in data["ceilings"].items()}
     print(f"\n{table(data)}")
     if args.json:
         path = json_path(args.json, data["machine"]["name"])

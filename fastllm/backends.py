@@ -266,6 +266,8 @@ def explain(op: str | Callable, *args, **kwargs) -> Explanation:
                 function(*args, **kwargs)
         finally:
             _set_state(_forced, None)
+    if not explanation:
+        raise ValueError(f"explain: {getattr(function, '__name__', function)!r} calls no op of fastllm")
     return explanation
 
 

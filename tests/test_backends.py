@@ -47,6 +47,8 @@ def test_explain_computes_nothing(monkeypatch):
 def test_explain_of_bad_arguments_and_unknown_ops():
     with pytest.raises(ValueError, match=r"unknown op 'no_norm'; known are .*rms_norm"):
         fastllm.explain("no_norm")
+    with pytest.raises(ValueError, match="'rms_norm' calls no op of fastllm"):
+        fastllm.explain(torch.nn.functional.rms_norm, torch.randn(2, 8), (8,))
     with pytest.raises(ValueError, match=r"got \(2, 8\)"):
         fastllm.explain("rms_norm", torch.randn(2, 8), (7,))
     torch.nn.functional.relu(ops.rms_norm(torch.randn(2, 8), (8,)))  # and the op runs again afterwards

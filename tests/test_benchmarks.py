@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -199,6 +200,29 @@ def test_summary_of_known_samples():
     assert figures == {"median_ms": 3.0, "q1_ms": 2.0, "q3_ms": 4.0, "min_ms": 1.0, "noise": 0.3333}
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="tells glibc")
+def test_no_contender_faults_its_memory_in_again():
+    """Whether freed blocks go back to the system depends on who ran before: it must not decide a race."""
+    code = """
+import resource, torch
+from fastllm.benchmarks import harness
+
+def faults(rounds):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(rounds):
+        blocks = [torch.zeros(2**22) for _ in range(4)]
+        del blocks
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+harness.keep_freed_memory()
+faults(10)
+print(faults(10))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 100, "of 40,960 pages"
+
+
 @pytest.mark.skipif(not Path("/proc/stat").exists(), reason="needs /proc/stat")
 def test_disturbance_sees_other_processes_and_not_its_own():
     burn = "import time; end = time.monotonic() + 1.2\nwhile time.monotonic() < end: pass"
@@ -334,6 +358,17 @@ def test_readme_block(tmp_path, monkeypatch, capsys):
     assert "GPU: not yet measured." in text
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
+
+    assert "disturbed" not in text
+
+    disturbed = result()
+    disturbed["results"][1]["others"] = 0.4
+    (results / "a-cpu.json").write_text(json.dumps(disturbed))
+    assert report.main(write) == 0
+    text = readme.read_text()
+    assert "| `layer_norm` | fp32 4096x1024 forward (disturbed) | 2.000" in text
+    assert "| `rms_norm` | fp32 4096x1024 forward | 2.000" in text
+    assert "(disturbed): other processes took more than 5% of the CPUs." in text
 
     (results / "z-gpu.json").write_text(json.dumps(result("cuda", "A GPU")))
     assert report.main(write) == 0

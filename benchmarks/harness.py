@@ -36,7 +36,7 @@ from torch import Tensor
 
 import fastllm
 from fastllm import ops
-from fastllm.testing import check_op, make, outputs_of
+from fastllm.testing import check_op, check_outputs, make, outputs_of
 
 Direction = Literal["forward", "backward", "forward+backward"]
 
@@ -61,6 +61,9 @@ class Case:
         bytes: that must move.
         flops: that must be done.
         target: for the reader: what is aimed at.
+        kwargs: fastllm's keyword arguments; the rivals know theirs.
+        check: draws the arguments that correctness is checked on, where those of `args` are too large for float64.
+        inference: the op has no gradient.
     """
 
     op: str
@@ -71,6 +74,9 @@ class Case:
     bytes: int
     flops: int
     target: str = ""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    check: Callable[[], tuple] | None = None
+    inference: bool = False
 
 
 @dataclass
@@ -86,12 +92,16 @@ class Contender:
 def _contender(name: str, fn: Callable, case: Case, args: tuple) -> Contender:
     # Own leaves and gradients for each contender, since a rival may write into the gradient it is given.
     args = tuple(arg.detach().clone() if isinstance(arg, Tensor) else arg for arg in args)
-    leaves = [arg.requires_grad_() for arg in args if isinstance(arg, Tensor) and arg.is_floating_point()]
+    leaves = [arg for arg in args if isinstance(arg, Tensor) and arg.is_floating_point()]
+    for leaf in leaves:
+        leaf.requires_grad_(not case.inference)
 
     def forward(_: Any = None) -> tuple[Tensor, ...]:
         return outputs_of(fn(*args))
 
     outputs = forward()
+    if case.inference:
+        return Contender(name, lambda: None, forward)
     cotangents = [make(out.shape, out.dtype, out.device, 1000 + i) for i, out in enumerate(outputs)]
 
     def backward(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -115,8 +125,9 @@ class Race:
     def __init__(self, case: Case, device: str, seconds: float):
         self.case, self.device = case, device
         args = case.args()
-        op = getattr(ops, case.op)
-        check_op(op, case.rivals["eager"], args)
+        op = functools.partial(getattr(ops, case.op), **case.kwargs) if case.kwargs else getattr(ops, case.op)
+        check = check_outputs if case.inference else check_op
+        check(op, case.rivals["eager"], args if case.check is None else case.check())
         self.backend = fastllm.explain(op, *args).backend
         torch.compiler.reset()  # a function compiled for another case would be compiled again with dynamic shapes
         rivals = {**case.rivals, "torch.compile": torch.compile(case.rivals["eager"], fullgraph=True, dynamic=False)}

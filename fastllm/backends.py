@@ -91,6 +91,11 @@ _explain_lock = threading.Lock()
 _slow_path = False  # a backend is forced, or `explain` listens: one test in the hot path instead of two
 
 
+def steered() -> bool:
+    """Whether a backend is forced, or `explain` listens: then every call must go through its `Op`."""
+    return _slow_path
+
+
 def _check_name(name: str | None, source: str) -> str | None:
     if name is not None and name not in NAMES:
         raise ValueError(f"{source}: unknown backend {name!r}; known are {', '.join(NAMES)}")
@@ -196,7 +201,8 @@ class Op:
         rejected: list[tuple[Backend, str]] = []
         for backend, reason in self.candidates(*args):
             if backend.key is None and reason is None:
-                self._warn(backend.name, rejected, args)
+                if backend.name == "reference" or any(isinstance(a, Tensor) and a.device.type != "cpu" for a in args):
+                    self._warn(backend.name, rejected, args)
                 return backend.run(*args)
             rejected.append((backend, reason or "handed these arguments over"))
         raise AssertionError(f"{self.name}: the reference refuses nothing")

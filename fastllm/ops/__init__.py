@@ -2,7 +2,18 @@
 
 from fastllm.ops.add_layer_norm import add_layer_norm
 from fastllm.ops.add_rms_norm import add_rms_norm
+from fastllm.ops.attention import attention
+from fastllm.ops.attention_kvcache import attention_kvcache
+from fastllm.ops.attention_varlen import attention_varlen
 from fastllm.ops.layer_norm import layer_norm
 from fastllm.ops.rms_norm import rms_norm
 
-__all__ = ["add_layer_norm", "add_rms_norm", "layer_norm", "rms_norm"]
+__all__ = [
+    "add_layer_norm",
+    "add_rms_norm",
+    "attention",
+    "attention_kvcache",
+    "attention_varlen",
+    "layer_norm",
+    "rms_norm",
+]

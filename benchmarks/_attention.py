@@ -1,0 +1,100 @@
+"""What the attention benchmarks share: rivals, counts and shapes.
+
+Operations are counted as usual: 4 S^2 D a head for the forward (half of it if causal), and 2.5 times that for the
+backward. What a window or other sequences hide is not counted.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fastllm.benchmarks.harness import Direction
+from fastllm.testing import make
+
+BACKENDS = {
+    "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "SDPA flash": SDPBackend.FLASH_ATTENTION,
+    "SDPA efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+
+
+def visible(seq_q: int, seq_k: int, left: int, causal: bool, device) -> Tensor | None:
+    if left < 0 and not causal:
+        return None
+    ahead = torch.arange(seq_k, device=device) - torch.arange(seq_q, device=device)[:, None]
+    seen = ahead <= 0 if causal else torch.ones_like(ahead, dtype=torch.bool)
+    return seen & (ahead >= -left) if left >= 0 else seen
+
+
+def eager(q: Tensor, k: Tensor, v: Tensor, *, left: int = -1, causal: bool = False) -> Tensor:
+    """The formula, operation by operation."""
+    group = q.shape[1] // k.shape[1]
+    if group > 1:
+        k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+    t = q @ k.mT * q.shape[-1] ** -0.5
+    seen = visible(q.shape[2], k.shape[2], left, causal, q.device)
+    if seen is not None:
+        t = t.masked_fill(~seen, -torch.inf)
+    return torch.softmax(t, -1) @ v
+
+
+def stock(q: Tensor, k: Tensor, v: Tensor, *, left: int = -1, causal: bool = False, backend=None) -> Tensor:
+    """scaled_dot_product_attention; a window as a materialised mask, the only way it has."""
+    mask = visible(q.shape[2], k.shape[2], left, causal, q.device) if left >= 0 else None
+    call = functools.partial(F.scaled_dot_product_attention, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+    if backend is None:
+        return call(q, k, v, is_causal=causal and mask is None)
+    with sdpa_kernel(backend):
+        return call(q, k, v, is_causal=causal and mask is None)
+
+
+@functools.cache
+def _flex() -> Callable:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+@functools.cache
+def _block_mask(seq_q: int, seq_k: int, left: int, causal: bool, device: str):
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def seen(b, h, i, j):
+        inside = i >= j if causal else i == i
+        return inside & (i - j <= left) if left >= 0 else inside
+
+    return create_block_mask(seen, None, None, seq_q, seq_k, device=device)
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, *, left: int = -1, causal: bool = False) -> Tensor:
+    mask = _block_mask(q.shape[2], k.shape[2], left, causal, str(q.device)) if causal or left >= 0 else None
+    return _flex()(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def rivals(device: str, left: int, causal: bool) -> dict[str, Callable]:
+    found: dict[str, Callable] = {"eager": functools.partial(eager, left=left, causal=causal)}
+    if device == "cpu":
+        return found | {"SDPA": functools.partial(stock, left=left, causal=causal)}
+    for name, backend in BACKENDS.items():
+        found[name] = functools.partial(stock, left=left, causal=causal, backend=backend)
+    return found | {"FlexAttention": functools.partial(flex, left=left, causal=causal)}
+
+
+def flops(pairs: int, heads: int, size: int, direction: Direction) -> int:
+    """`pairs` of a query and a key that see each other, in a head."""
+    forward = 4 * pairs * heads * size
+    return {"forward": forward, "backward": forward * 5 // 2, "forward+backward": forward * 7 // 2}[direction]
+
+
+def dense(batch: int, heads: int, kv_heads: int, rows: int, size: int, dtype: torch.dtype, device: str) -> tuple:
+    """q, k, v as views of (B, S, H, D)."""
+    return tuple(
+        make((batch, rows, h, size), dtype, device, seed=seed).transpose(1, 2)
+        for seed, h in enumerate((heads, kv_heads, kv_heads))
+    )

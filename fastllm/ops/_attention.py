@@ -1,0 +1,213 @@
+"""What the attention ops have in common: validation, allocation, and which arguments each backend takes."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from fastllm import backends
+
+SCORES = "float dropout_p, float scale, SymInt window_left, SymInt window_right, float softcap, bool bottom_right"
+TRITON_MISSING = importlib.util.find_spec("triton") is None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# Backends
+
+
+def triton_supports(query: Tensor, key: Tensor, value: Tensor, mask_grad: bool, scale: float) -> str | None:
+    """Why the Triton kernels cannot run this, or None."""
+    if TRITON_MISSING:
+        return "Triton is not installed"
+    if query.device.type != "cuda":  # torch calls AMD's devices that, too
+        if query.device.type != "cpu" or not INTERPRETED:
+            return f"runs on GPUs, the input is on {query.device.type}"
+        if query.dtype == torch.bfloat16:
+            return "Triton's interpreter multiplies bfloat16 matrices wrongly"
+    if query.dtype not in KERNEL_DTYPES:
+        return f"query must be float32, bfloat16 or float16, got {short(query.dtype)}"
+    if query.shape[-1] > 256 or value.shape[-1] > 256:
+        return f"head sizes go to 256, got {query.shape[-1]} and {value.shape[-1]}"
+    if mask_grad:
+        return "attn_mask requires grad, which the kernels do not compute"
+    if not scale > 0:
+        return f"scale must be positive, got {scale}"
+    return None
+
+
+def sdpa_supports(
+    query: Tensor, sinks: Tensor | None, slopes: Tensor | None, mask_grad: bool, dropout_p: float, softcap: float
+) -> str | None:
+    """Why torch's fused CPU attention cannot compute this, or None."""
+    if query.device.type != "cpu":
+        return f"runs on the CPU, the input is on {query.device.type}"
+    if softcap > 0:
+        return "scaled_dot_product_attention has no softcap"
+    if sinks is not None:
+        return "scaled_dot_product_attention has no sinks"
+    if slopes is not None:
+        return "scaled_dot_product_attention has no ALiBi"
+    if dropout_p > 0:
+        return "scaled_dot_product_attention draws other dropout masks"
+    if mask_grad:
+        return "torch's fused CPU attention gives attn_mask no gradient"
+    return None
+
+
+def stock_cpu(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether scaled_dot_product_attention, which the op would choose on a CPU, may be called in its place."""
+    return (
+        query.device.type == "cpu"
+        and not INTERPRETED
+        and not backends.steered()
+        and not torch.compiler.is_compiling()
+        and query.shape[-1] == value.shape[-1]
+        and bool(query.numel() and key.numel())
+    )
+
+
+# Allocation: what the kernels write into, and what the fakes return
+
+
+def empty_out(query: Tensor, size: int) -> Tensor:
+    """(B, H, Sq, size), in memory as `query`: (B, H, S, D), or (B, S, H, D) if its heads lie inside its positions."""
+    batch, heads, rows, _ = query.shape
+    if query.stride(1) < query.stride(2):
+        return query.new_empty((batch, rows, heads, size)).transpose(1, 2)
+    return query.new_empty((batch, heads, rows, size))
+
+
+def empty_grad(x: Tensor) -> Tensor:
+    """(B, H, S, D), in memory (B, S, H, D) as torch's own gradients."""
+    batch, heads, rows, size = x.shape
+    return x.new_empty((batch, rows, heads, size)).transpose(1, 2)
+
+
+def empty_lse(query: Tensor, shape: tuple) -> Tensor:
+    return query.new_empty(shape, dtype=torch.promote_types(query.dtype, torch.float32))
+
+
+def into(outputs: tuple[Tensor, ...], results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """`results` with the strides of `outputs`; copied only where they differ."""
+    return tuple(
+        result if result.stride() == output.stride() else output.copy_(result)
+        for output, result in zip(outputs, results, strict=True)
+    )
+
+
+# Arguments
+
+
+def check_tensors(name: str, rank: str, **tensors: Tensor) -> None:
+    """Floating tensors of one dtype and device, with as many dimensions as `rank` has letters."""
+    (first_label, first), *_ = tensors.items()
+    for label, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: {label} must be a tensor, got {type(tensor).__name__}")
+        if not tensor.dtype.is_floating_point:
+            raise TypeError(f"{name}: {label} must have a floating dtype, got {tensor.dtype}")
+        if tensor.dim() != len(rank):
+            raise ValueError(f"{name}: {label} must have shape ({', '.join(rank)}), got {tuple(tensor.shape)}")
+        if tensor.dtype != first.dtype:
+            raise TypeError(f"{name}: {label} must have {first_label}'s dtype {first.dtype}, got {tensor.dtype}")
+        if tensor.device != first.device:
+            raise ValueError(f"{name}: {first_label} is on {first.device}, {label} on {tensor.device}")
+
+
+def check_heads(name: str, query: Tensor, key: Tensor, value: Tensor, dim: int, enable_gqa: bool) -> None:
+    """Head counts and sizes of query, key and value, whose heads are dimension `dim`."""
+    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+    if query.shape[-1] != key.shape[-1] or query.shape[-1] == 0:
+        raise ValueError(f"{name}: query and key must have the same head size, got {shapes}")
+    if key.shape[:-1] != value.shape[:-1]:
+        raise ValueError(f"{name}: key and value must have the same shape but for the head size, got {shapes}")
+    heads, kv_heads = query.shape[dim], key.shape[dim]
+    if heads != kv_heads and not enable_gqa:
+        raise ValueError(f"{name}: query and key must have as many heads, unless enable_gqa=True, got {shapes}")
+    if heads != kv_heads and (kv_heads == 0 or heads % kv_heads):
+        raise ValueError(f"{name}: query's heads must be a multiple of key's, got {shapes}")
+
+
+def check_window(name: str, window_size, is_causal: bool) -> tuple[int, int]:
+    """(left, right) with causality taken in; -1 is no limit."""
+    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
+        raise TypeError(f"{name}: window_size must be (left, right), got {window_size!r}")
+    left, right = window_size
+    if left < -1 or right < -1:
+        raise ValueError(f"{name}: window_size must be at least 0, or -1 for no limit, got {tuple(window_size)}")
+    return left, 0 if is_causal else right
+
+
+def check_extras(
+    name: str,
+    query: Tensor,
+    heads: int,
+    sequences: int,
+    dropout_p: float,
+    scale: float | None,
+    softcap: float,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+) -> tuple[float, Tensor | None]:
+    """Returns the scale and the slopes, expanded to (sequences, heads)."""
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"{name}: dropout_p must be between 0 and 1, got {dropout_p}")
+    if not softcap >= 0:
+        raise ValueError(f"{name}: softcap must be at least 0 (0 for none), got {softcap}")
+    for label, tensor in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: {label} must be a tensor or None, got {type(tensor).__name__}")
+        if not tensor.dtype.is_floating_point:
+            raise TypeError(f"{name}: {label} must have a floating dtype, got {tensor.dtype}")
+        if tensor.device != query.device:
+            raise ValueError(f"{name}: query is on {query.device}, {label} on {tensor.device}")
+    if sinks is not None and sinks.shape != (heads,):
+        raise ValueError(f"{name}: sinks must have shape ({heads},), got {tuple(sinks.shape)}")
+    if alibi_slopes is not None:
+        if alibi_slopes.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name}: alibi_slopes get no gradient; detach them")
+        if alibi_slopes.shape not in ((heads,), (sequences, heads)):
+            raise ValueError(
+                f"{name}: alibi_slopes must have shape ({heads},) or ({sequences}, {heads}), "
+                f"got {tuple(alibi_slopes.shape)}"
+            )
+        alibi_slopes = alibi_slopes.expand(sequences, heads)
+    return query.shape[-1] ** -0.5 if scale is None else float(scale), alibi_slopes
+
+
+def apart(first: Tensor, *others: Tensor) -> list[Tensor]:
+    """The tensors, aliased where one is given twice, which Dynamo does not accept of an autograd.Function."""
+    found = [first]
+    for tensor in others:
+        found.append(tensor.view_as(tensor) if any(tensor is other for other in found) else tensor)
+    return found
+
+
+def dropout_seed(query: Tensor, dropout_p: float) -> Tensor | None:
+    """(1,) int64 from torch's generator of that device, which torch.manual_seed seeds."""
+    if dropout_p == 0:
+        return None
+    return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=query.device)
+
+
+def autocast(query: Tensor, *others: Tensor) -> list[Tensor]:
+    """As torch does for scaled_dot_product_attention: floating tensors in autocast's dtype, where it is on."""
+    tensors = [query, *others]
+    device = query.device.type if isinstance(query, Tensor) else ""
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return [
+        t.to(dtype) if isinstance(t, Tensor) and t.dtype.is_floating_point and t.dtype != torch.float64 else t
+        for t in tensors
+    ]

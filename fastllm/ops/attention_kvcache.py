@@ -1,0 +1,158 @@
+"""Attention of new tokens over the keys and values of those before them, for generation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastllm.backends import Backend, Op
+from fastllm.ops import _attention, _sdpa
+from fastllm.reference import attention_kvcache as reference
+
+
+def _fake(query, k_cache, v_cache, *rest):
+    return _attention.empty_out(query, v_cache.shape[3]), _attention.empty_lse(query, query.shape[:3])
+
+
+def _reference(*args):
+    return _attention.into(_fake(*args), reference.attention_kvcache_fwd(*args))
+
+
+def _triton_supports(query, k_cache, v_cache, lengths, sinks, slopes, scale, *rest):
+    return _attention.triton_supports(query, k_cache, v_cache, False, scale)
+
+
+def _triton(query, k_cache, v_cache, lengths, sinks, slopes, scale, left, right, softcap):
+    args = (query, k_cache, v_cache, lengths, sinks, slopes)
+    if not query.numel() or not k_cache.numel():
+        return _reference(*args, scale, left, right, softcap)
+    from fastllm.kernels import attention_kvcache as kernels
+
+    out, lse = _fake(*args)
+    scores = kernels.Scores(0.0, scale, left, right, softcap, True)
+    kernels.attention_kvcache_fwd(out, lse, *args, scores)
+    return out, lse
+
+
+def _sdpa_supports(query, k_cache, v_cache, lengths, sinks, slopes, scale, left, right, softcap):
+    return _attention.sdpa_supports(query, sinks, slopes, False, 0.0, softcap)
+
+
+def _sdpa_run(query, k_cache, v_cache, lengths, sinks, slopes, scale, left, right, softcap):
+    outputs = out, lse = _fake(query, k_cache, v_cache)
+    (batch, _, rows, _), kv_heads = query.shape, k_cache.shape[1]
+    ends = lengths.tolist()
+    window = (left, right)
+    if rows == 1:  # heads that share keys become rows, so that the keys are read once; the slice below is the window
+        query, out, lse = (x.squeeze(2).unflatten(1, (kv_heads, -1)) for x in (query, *outputs))
+        window = (-1, -1)
+    same = len(set(ends)) == 1
+    for n in range(1 if same else batch):
+        at = slice(None) if same else slice(n, n + 1)
+        first = max(0, ends[n] - 1 - left) if rows == 1 and left >= 0 else 0
+        k, v = (x[at, :, first : ends[n]] for x in (k_cache, v_cache))
+        out[at] = _sdpa.forward(lse[at], query[at], k, v, None, scale, *window, True)
+    return outputs
+
+
+_fwd = Op(
+    "attention_kvcache_fwd(Tensor query, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? sinks, "
+    "Tensor? alibi_slopes, float scale, SymInt window_left, SymInt window_right, float softcap) -> (Tensor, Tensor)",
+    reference=_reference,
+    fake=_fake,
+    backends=(
+        Backend("triton", _triton_supports, _triton),
+        Backend("torch", _sdpa_supports, _sdpa_run),
+    ),
+)
+
+
+class _AttentionKVCache(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *args):
+        return _fwd(*args)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError("attention_kvcache is for generation and has no gradient; use attention")
+
+
+def attention_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor | int,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    *,
+    is_causal: bool = True,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of new queries over a cache of keys and values, with every sequence of the batch at its own length.
+
+    With k and v, they are first written into the caches, in place, behind the cache_seqlens[b] tokens that are there,
+    and attended to as well. The last query stands at the last key.
+
+    Args:
+        q: (B, H, Sq, D), any strides; float32, bfloat16, float16; float64 on the CPU.
+        k_cache, v_cache: (B, HK, Smax, D) and (B, HK, Smax, DV); H is a multiple of HK.
+        cache_seqlens: (B,) int32 or int64, or one int: the tokens in the cache, without k and v.
+        k, v: (B, HK, Snew, D) and (B, HK, Snew, DV), or None. cache_seqlens + Snew must not exceed Smax.
+        is_causal: a query sees keys up to its own position.
+        scale, window_size, softcap, sinks, alibi_slopes: as `attention`.
+        return_lse: also return lse.
+
+    Returns:
+        out (B, H, Sq, DV), with return_lse also lse (B, H, Sq). Not differentiable. The caller counts cache_seqlens up.
+
+    Raises:
+        TypeError: for dtypes that are not floating or not one; ValueError: for shapes, devices or numbers that do not
+            fit.
+    """
+    name = "attention_kvcache"
+    _attention.check_tensors(name, "BHSD", q=q, k_cache=k_cache, v_cache=v_cache)
+    _attention.check_heads(name, q, k_cache, v_cache, 1, True)
+    batch = q.shape[0]
+    if k_cache.shape[0] != batch:
+        raise ValueError(f"{name}: q has batch size {batch}, k_cache {k_cache.shape[0]}")
+    if isinstance(cache_seqlens, int):
+        cache_seqlens = torch.full((batch,), cache_seqlens, dtype=torch.int32, device=q.device)
+    if not isinstance(cache_seqlens, Tensor) or cache_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}: cache_seqlens must be an int, or an int32 or int64 tensor, got {cache_seqlens!r}")
+    if cache_seqlens.shape != (batch,) or cache_seqlens.device != q.device:
+        raise ValueError(
+            f"{name}: cache_seqlens must have shape ({batch},) on {q.device}, got {tuple(cache_seqlens.shape)} on "
+            f"{cache_seqlens.device}"
+        )
+    left, right = _attention.check_window(name, window_size, is_causal)
+    scale, alibi_slopes = _attention.check_extras(name, q, q.shape[1], batch, 0.0, scale, softcap, sinks, alibi_slopes)
+    if (k is None) != (v is None):
+        raise ValueError(f"{name}: k and v go together")
+    if k is not None and v is not None:
+        cache_seqlens = _append(k_cache, v_cache, k, v, cache_seqlens)
+    out, lse = _AttentionKVCache.apply(
+        q, k_cache, v_cache, cache_seqlens, sinks, alibi_slopes, scale, left, right, float(softcap)
+    )
+    return (out, lse) if return_lse else out
+
+
+def _append(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+    """Writes k and v behind the first `lengths` tokens; returns the new lengths."""
+    for label, new, cache in (("k", k, k_cache), ("v", v, v_cache)):
+        if new.dim() != 4 or new.shape[:2] != cache.shape[:2] or new.shape[3] != cache.shape[3]:
+            raise ValueError(
+                f"attention_kvcache: {label} must have the cache's shape {tuple(cache.shape)} but for its length, got "
+                f"{tuple(new.shape)}"
+            )
+    count = k.shape[2]
+    places = lengths.long()[:, None] + torch.arange(count, device=k.device)
+    rows = torch.arange(k.shape[0], device=k.device)[:, None]
+    with torch.no_grad():
+        k_cache.transpose(1, 2)[rows, places] = k.transpose(1, 2).to(k_cache.dtype)
+        v_cache.transpose(1, 2)[rows, places] = v.transpose(1, 2).to(v_cache.dtype)
+    return lengths + count

@@ -1,0 +1,131 @@
+"""Attention and its gradients, in the open.
+
+    p_i = i + diagonal, diagonal = Sk - Sq if bottom_right else 0
+    s_ij = scale q_i.k_j                     softcap c: c tanh(s_ij / c)
+    t_ij = s_ij - slope |p_i - j| + mask_ij  -inf where mask_ij is False, or not p_i - left <= j <= p_i + right
+    lse_i = log(sum_j exp(t_ij) + exp(sink)), P = exp(t - lse)
+    o_i = sum_j P_ij Z_ij v_j                Z: dropout's 0 or 1 / (1 - rate)
+
+Computed in float32, or in float64 for float64 input; results are rounded to the input's dtype. A row without a key
+gives o = 0, lse = -inf and no gradient. Query head h reads key head h // (H / HK).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+PHILOX_ROUNDS = 7
+LOW = 0xFFFFFFFF
+
+
+def _multiply(constant: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of constant * x for 0 <= x < 2^32, in int64 that holds no 64 bits of product."""
+    low, high = constant * (x & 0xFFFF), constant * (x >> 16)
+    middle = (low >> 16) + (high & LOW)
+    return (high >> 32 << 16) + (middle >> 16), (middle << 16 | low & 0xFFFF) & LOW
+
+
+def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor) -> Tensor:
+    """The first of the four words that Philox-4x32-7 gives for counter (c0, c1, c2, 0).
+
+    Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011.
+    """
+    c0, c1, c2 = (c.long() & LOW for c in torch.broadcast_tensors(c0, c1, c2))
+    c3 = torch.zeros_like(c0)
+    k0, k1 = seed & LOW, seed >> 32 & LOW
+    for _ in range(PHILOX_ROUNDS):
+        high_a, low_a = _multiply(0xD2511F53, c0)
+        high_b, low_b = _multiply(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high_b ^ c1 ^ k0, low_b, high_a ^ c3 ^ k1, low_a
+        k0, k1 = (k0 + 0x9E3779B9) & LOW, (k1 + 0xBB67AE85) & LOW
+    return c0
+
+
+def dropout(seed: Tensor, rate: float, batch: int, heads: int, seq_q: int, seq_k: int, first_batch: int = 0) -> Tensor:
+    """Z, (batch, heads, seq_q, seq_k): kept where 24 random bits reach rate * 2^24."""
+
+    def count(n: int) -> Tensor:
+        return torch.arange(n, device=seed.device)
+
+    i, j = count(seq_q)[:, None], count(seq_k)[None, :]
+    row = (first_batch + count(batch)[:, None]) * heads + count(heads)
+    kept = philox(seed, i, j, row[..., None, None]) >> 8 >= round(rate * 2**24)
+    return kept * (1 / (1 - rate) if rate < 1 else 0.0)
+
+
+def visible(seq_q: int, seq_k: int, left: int, right: int, bottom_right: bool, device) -> Tensor:
+    """(Sq, Sk): whether query i may see key j by the window alone."""
+    ahead = distance(seq_q, seq_k, bottom_right, device)
+    seen = torch.ones_like(ahead, dtype=torch.bool)
+    if left >= 0:
+        seen &= ahead >= -left
+    if right >= 0:
+        seen &= ahead <= right
+    return seen
+
+
+def distance(seq_q: int, seq_k: int, bottom_right: bool, device) -> Tensor:
+    """(Sq, Sk): j - p_i."""
+    diagonal = seq_k - seq_q if bottom_right else 0
+    return torch.arange(seq_k, device=device)[None, :] - torch.arange(seq_q, device=device)[:, None] - diagonal
+
+
+class Attention:
+    """The intermediate values that forward and backward share; `q` (B, H, Sq, D), `k` and `v` (B, HK, Sk, D or DV)."""
+
+    def __init__(
+        self, q, k, v, mask, sinks, slopes, seed, dropout_p, scale, left, right, softcap, bottom_right, first_batch=0
+    ):
+        acc = torch.promote_types(q.dtype, torch.float32)
+        self.group, self.scale, self.softcap = q.shape[1] // k.shape[1], scale, softcap
+        self.q, self.k, self.v = q.to(acc), *(x.to(acc).repeat_interleave(self.group, 1) for x in (k, v))
+        (batch, heads, seq_q, _), seq_k = q.shape, k.shape[2]
+        t = self.q @ self.k.mT * scale
+        if softcap:
+            self.tanh = torch.tanh(t / softcap)
+            t = self.tanh * softcap
+        if slopes is not None:
+            t = t - slopes.to(acc)[..., None, None] * distance(seq_q, seq_k, bottom_right, q.device).abs()
+        seen = visible(seq_q, seq_k, left, right, bottom_right, q.device)
+        if mask is not None and mask.dtype == torch.bool:
+            seen = seen & mask
+        elif mask is not None:
+            t = t + mask.to(acc)
+        self.t = t.masked_fill(~seen, -torch.inf)
+        self.sinks = None if sinks is None else sinks.to(acc)[:, None]
+        self.z = None
+        if dropout_p > 0:
+            self.z = dropout(seed, dropout_p, batch, heads, seq_q, seq_k, first_batch).to(acc)
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        lse = torch.logsumexp(self.t, -1)
+        if self.t.shape[-1] == 0:
+            lse = lse.fill_(-torch.inf)
+        if self.sinks is not None:
+            lse = torch.logaddexp(lse, self.sinks)
+        p = self.probabilities(lse)
+        return (p if self.z is None else p * self.z) @ self.v, lse
+
+    def probabilities(self, lse: Tensor) -> Tensor:
+        return torch.exp(self.t - lse.masked_fill(lse == -torch.inf, torch.inf)[..., None])
+
+    def backward(self, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor):
+        """Returns dq, dk, dv, the gradient of t (B, H, Sq, Sk), and dsinks (H,) or None."""
+        acc = self.q.dtype
+        dout, lse = dout.to(acc), lse.to(acc)
+        p = self.probabilities(lse)
+        delta = (out.to(acc) * dout).sum(-1)
+        if dlse is not None:
+            delta = delta - dlse.to(acc)
+        dp = dout @ self.v.mT
+        dv = (p if self.z is None else p * self.z).mT @ dout
+        if self.z is not None:
+            dp = dp * self.z
+        dt = p * (dp - delta[..., None])
+        ds = dt * self.scale if not self.softcap else dt * (1 - self.tanh.square()) * self.scale
+        dsinks = None if self.sinks is None else -(torch.exp(self.sinks - lse) * delta).sum((0, 2))
+        return ds @ self.k, self._by_group(ds.mT @ self.q), self._by_group(dv), dt, dsinks
+
+    def _by_group(self, grad: Tensor) -> Tensor:
+        return grad.unflatten(1, (-1, self.group)).sum(2)

@@ -1,0 +1,101 @@
+"""What every launcher needs: which chip it launches on, which configuration, and the launch itself."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import triton
+
+LOG2E = 1.4426950408889634
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a kernel is cut and compiled: its block sizes (constexpr arguments) and the compiler's options."""
+
+    blocks: dict[str, int] = field(hash=False)
+    warps: int = 4
+    stages: int = 2
+
+    def __str__(self) -> str:
+        return "x".join(map(str, self.blocks.values())) + f" w{self.warps} s{self.stages}"
+
+
+@functools.cache
+def _gpu(index: int) -> tuple[str, int | str]:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return "hip", properties.gcnArchName.split(":")[0]
+    return "cuda", properties.major * 10 + properties.minor
+
+
+def chip(device: torch.device) -> tuple[str, int | str]:
+    """("cuda", 90), ("hip", "gfx942"), or ("cpu", 0) in the interpreter."""
+    return ("cpu", 0) if device.type == "cpu" else _gpu(device.index or 0)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    return 4 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def interpreted() -> bool:
+    """Whether Triton was told to run kernels in its interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def launch(kernel, grid: tuple[int, ...], config: Config, **args) -> None:
+    """Starts `kernel` on the current stream. Floating-point fusion is asked for by name: Triton's default changes."""
+    kernel[grid](**args, **config.blocks, num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True)
+
+
+# Tuning, on demand
+
+_tuned: dict[str, Config] | None = None
+
+
+def _cache_file() -> Path:
+    return Path(os.environ.get("FASTLLM_CACHE") or Path.home() / ".cache/fastllm") / "autotune.json"
+
+
+def _load_tuned() -> dict[str, Config]:
+    global _tuned
+    if _tuned is None:
+        file = _cache_file()
+        _tuned = {key: Config(**value) for key, value in json.loads(file.read_text()).items()} if file.exists() else {}
+    return _tuned
+
+
+def choose(key: tuple, default: Config, candidates: Iterable[Config], run: Callable[[Config], None]) -> Config:
+    """The configuration for `key`: the table's, unless FASTLLM_AUTOTUNE=1.
+
+    With it, every candidate is timed the first time that a key is met and the fastest is kept, in memory and in
+    FASTLLM_CACHE (default ~/.cache/fastllm). `key` must hold all that the choice may depend on.
+    """
+    if os.environ.get("FASTLLM_AUTOTUNE") != "1":
+        return default
+    tuned, name = _load_tuned(), json.dumps([*key, triton.__version__])
+    if name not in tuned:
+        tuned[name] = min([default, *candidates], key=lambda config: _milliseconds(run, config))
+        file = _cache_file()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps({key: asdict(config) for key, config in tuned.items()}, indent=1))
+        partial.rename(file)
+    return tuned[name]
+
+
+def _milliseconds(run: Callable[[Config], None], config: Config) -> float:
+    try:
+        if interpreted():  # no clock worth reading: it must only be able to run
+            run(config)
+            return 0.0
+        return triton.testing.do_bench(lambda: run(config), warmup=10, rep=50)
+    except triton.runtime.errors.OutOfResources:
+        return float("inf")

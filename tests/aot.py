@@ -1,0 +1,221 @@
+"""Compiles Triton kernels for chips that are not there, and reads what the compiler made of them.
+
+`record` runs a launcher on tensors of the meta device and takes down what it would have launched, so that what is
+compiled is what is shipped: the same configuration table, the same arguments, specialised as the JIT would.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from fastllm.kernels import _utils
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "sm_120": 101_376, "gfx942": 65_536}
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+TYPES = {
+    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.uint8: "*u8",
+    torch.int32: "*i32", torch.int64: "*i64",
+}  # fmt: skip
+
+
+@dataclass
+class Launch:
+    kernel: triton.JITFunction
+    config: _utils.Config
+    args: dict
+
+
+@dataclass
+class Resources:
+    registers: int
+    spills: int  # bytes of stack frame and spills, on AMD the number of spilled registers
+    shared: int
+    matrix: str  # the matrix instructions that were found
+
+
+def record(target: str, run: Callable[[], None]) -> list[Launch]:
+    """What `run` would launch on `target`."""
+    launches: list[Launch] = []
+
+    def take_down(kernel, grid, config, **args):
+        launches.append(Launch(kernel, config, args))
+
+    chip = (TARGETS[target].backend, TARGETS[target].arch)
+    with (
+        mock.patch.object(_utils, "launch", take_down),
+        mock.patch.object(_utils, "chip", return_value=chip),
+        mock.patch.object(_utils, "multiprocessors", return_value=132),
+    ):
+        run()
+    return launches
+
+
+def source(launch: Launch) -> triton.compiler.ASTSource:
+    signature, constants, attributes = {}, {}, {}
+    values = {**launch.args, **launch.config.blocks}
+    for position, parameter in enumerate(launch.kernel.params):
+        name, value = parameter.name, values[parameter.name]
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = TYPES[value.dtype]
+            attributes[position,] = [["tt.divisibility", 16]]
+        elif isinstance(value, int):
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[position,] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32"
+    return triton.compiler.ASTSource(launch.kernel, signature, constants, attributes)
+
+
+def compile(launch: Launch, target: str) -> Resources:
+    options = {"num_warps": launch.config.warps, "num_stages": launch.config.stages, "enable_fp_fusion": True}
+    compiled = triton.compile(source(launch), target=TARGETS[target], options=options)
+    if target.startswith("gfx"):
+        text = compiled.asm["amdgcn"]
+        spills = sum(int(n) for n in re.findall(r"\.[vs]gpr_spill_count:\s*(\d+)", text))
+        registers = max(int(n) for n in re.findall(r"\.vgpr_count:\s*(\d+)", text))
+        return Resources(registers, spills, compiled.metadata.shared, "MFMA" if "v_mfma_" in text else "")
+    with cubin(compiled.asm["cubin"]) as path:
+        usage = subprocess.run([CUOBJDUMP, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+        sass = subprocess.run([CUOBJDUMP, "--dump-sass", path], capture_output=True, text=True, check=True).stdout
+    number = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    spills = number["STACK"] + number["LOCAL"]
+    matrix = " ".join(name for name in ("HGMMA", "UTCHMMA", "HMMA") if re.search(rf"\b{name}\b", sass))
+    return Resources(number["REG"], spills, compiled.metadata.shared, matrix)
+
+
+@contextlib.contextmanager
+def cubin(data: bytes) -> Iterator[str]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(data)
+        file.flush()
+        yield file.name
+
+
+# What is compiled: every entry of the tables, by running the launchers on every kind of argument that selects one.
+
+SIZES = (64, 128, 256)
+VARIANTS: dict[str, dict] = {
+    "causal": {},
+    "window": {"left": 512},
+    "varlen": {"varlen": True},
+    "mask": {"mask": True, "right": -1},
+    "softcap": {"softcap": 30.0},
+    "alibi": {"alibi": True},
+    "dropout": {"dropout": 0.1},
+    "float32": {"dtype": torch.float32},
+}
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def training(
+    size: int, dtype=torch.bfloat16, left=-1, right=0, mask=False, softcap=0.0, alibi=False, dropout=0.0, varlen=False
+) -> None:
+    """Forward and backward of (B, S, H, D) views with grouped heads."""
+    from fastllm.kernels import attention
+
+    batch, rows, heads, kv_heads = (1 if varlen else 2), 4096, 16, 4
+
+    def draw(heads: int) -> torch.Tensor:
+        return _empty(batch, rows, heads, size, dtype=dtype).transpose(1, 2)
+
+    q, k, v, out, lse = (
+        draw(heads),
+        draw(kv_heads),
+        draw(kv_heads),
+        draw(heads),
+        _empty(batch, heads, rows, dtype=torch.float32),
+    )
+    rest = (
+        _empty(batch, 1, rows, rows, dtype=dtype).expand(batch, heads, rows, rows) if mask else None,
+        None,
+        _empty(batch, heads, dtype=torch.float32) if alibi else None,
+        _empty(1, dtype=torch.int64) if dropout else None,
+        attention.Scores(dropout, 0.1, left, right, softcap, False),
+        attention.Packed(_empty(9, dtype=torch.int32), _empty(9, dtype=torch.int32)) if varlen else None,
+    )
+    attention.attention_fwd(out, lse, q, k, v, *rest)
+    attention.attention_bwd(q, k, v, None, out, None, q, k, v, out, lse, *rest)
+
+
+def decoding(size: int, group: int, dtype=torch.bfloat16) -> None:
+    from fastllm.kernels import attention, attention_kvcache
+
+    q, out = (_empty(4, 1, 2 * group, size, dtype=dtype).transpose(1, 2) for _ in range(2))
+    cache = _empty(4, 8192, 2, size, dtype=dtype).transpose(1, 2)
+    lse, lengths = _empty(4, 2 * group, 1, dtype=torch.float32), _empty(4, dtype=torch.int32)
+    scores = attention.Scores(0.0, 0.1, -1, 0, 0.0, True)
+    attention_kvcache.attention_kvcache_fwd(out, lse, q, cache, cache, lengths, None, None, scores)
+
+
+def jobs(target: str, everything: bool) -> Iterator[tuple[str, str, int, Launch]]:
+    """(target, variant, head size, launch). Without `everything`: head size 128 of each chip, and more of Hopper."""
+
+    def wanted(variant: str, size: int) -> bool:
+        if target == "sm_90":
+            return variant == "causal" or (size == 128 and variant in ("varlen", "mask", "dropout", "decode"))
+        return size == 128 and variant in ("causal", "decode")
+
+    for variant, arguments in VARIANTS.items():
+        for size in SIZES:
+            if everything or wanted(variant, size):
+                for launch in record(target, lambda size=size, arguments=arguments: training(size, **arguments)):
+                    if variant == "causal" or "delta" not in launch.kernel.__name__:
+                        yield target, variant, size, launch
+    for size in SIZES:
+        for variant, group, dtype in (
+            ("decode", 4, torch.bfloat16),
+            ("decode many", 64, torch.bfloat16),
+            ("decode float32", 4, torch.float32),
+        ):
+            if everything or wanted(variant, size):
+                for launch in record(target, lambda size=size, group=group, dtype=dtype: decoding(size, group, dtype)):
+                    if "combine" not in launch.kernel.__name__ or (variant, size) == ("decode", 128):
+                        yield target, variant, size, launch
+
+
+def main(shard: int, shards: int, everything: bool) -> None:
+    """Prints a line of JSON for each launch of this shard."""
+    found = [job for target in TARGETS for job in jobs(target, everything)]
+    for target, variant, size, launch in found[shard::shards]:
+        row = {
+            "target": target,
+            "kernel": launch.kernel.__name__.strip("_").removesuffix("_kernel"),
+            "variant": variant,
+            "size": size,
+            "config": str(launch.config),
+            "warps": launch.config.warps,
+            "pass": {(True, False): "dk", (False, True): "dv"}.get(
+                (launch.args.get("GRAD_K"), launch.args.get("GRAD_V")), ""
+            ),
+        }  # fmt: skip
+        print(json.dumps(row | asdict(compile(launch, target))), flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "all")

@@ -1,0 +1,195 @@
+"""Every Triton attention kernel in Triton's interpreter, on the CPU, against the reference in float64.
+
+TRITON_INTERPRET must be set before Triton is imported, and holds for the whole process: run by the rest of the suite,
+this file starts itself again, twice, each process with half of the cases.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+INSIDE = os.environ.get("TRITON_INTERPRET") == "1"
+pytest.importorskip("triton")
+
+if not INSIDE:
+
+    def test_kernels_in_the_interpreter():
+        shards = [
+            subprocess.Popen(
+                [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", __file__],
+                env={**os.environ, "TRITON_INTERPRET": "1", "FASTLLM_BACKEND": "triton", "FASTLLM_SHARD": str(shard)}
+                | {"OMP_NUM_THREADS": "1"},
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for shard in (0, 1)
+        ]
+        outputs = [shard.communicate()[0] for shard in shards]
+        for shard, output in zip(shards, outputs, strict=True):
+            print(output)
+            assert shard.returncode == 0, output
+            assert " passed" in output
+
+
+SHARD = int(os.environ.get("FASTLLM_SHARD", "-1"))
+inside = pytest.mark.skipif(not INSIDE, reason="run by test_kernels_in_the_interpreter")
+
+
+def shared_out(cases: list) -> list:
+    return [case for i, case in enumerate(cases) if INSIDE and SHARD in (-1, i % 2)]
+
+
+if INSIDE:
+    from attention_suite import FEATURES, PAIRS, check, check_kvcache, check_varlen, cumulative
+
+    import fastllm
+    from fastllm import ops
+    from fastllm.testing import poisoned_allocations
+
+    SIZES = [(1, 16), (2, 40), (63, 64), (65, 80), (127, 128), (130, 40), (130, 64), (65, 128)]
+
+    @pytest.mark.parametrize("dtype", shared_out([torch.float32, torch.float16]), ids=str)
+    @pytest.mark.parametrize(("rows", "size"), SIZES)
+    def test_sizes(rows, size, dtype):
+        check(("causal",), shape=(1, 2 if rows < 100 else 1, rows, rows), size=size, dtype=dtype)
+
+    @pytest.mark.parametrize("feature", shared_out(list(FEATURES)))
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+    def test_features_alone(feature, dtype):
+        check((feature,), shape=(2, 2, 33, 18) if dtype == torch.float16 else (1, 2, 37, 53), dtype=dtype)
+
+    @pytest.mark.parametrize("pair", shared_out(PAIRS), ids="-".join)
+    def test_features_in_pairs(pair):
+        check(pair, shape=(1, 2 if "gqa" in pair else 1, 37, 41))
+
+    @pytest.mark.parametrize("case", shared_out([
+        {"shape": (1, 1, 70, 33), "names": ("causal", "bottom_right")},  # rows without keys
+        {"shape": (1, 1, 33, 70), "names": ("causal", "bottom_right")},
+        {"shape": (1, 1, 70, 33), "names": ("causal", "bottom_right", "sinks")},
+        {"shape": (1, 1, 1, 130), "names": ()},
+        {"shape": (1, 1, 130, 1), "names": ("causal",)},
+        {"shape": (1, 1, 100, 100), "window_size": (0, 0)},
+        {"shape": (1, 1, 100, 100), "window_size": (40, 0)},
+        {"shape": (1, 1, 100, 100), "window_size": (-1, 7)},
+        {"shape": (1, 1, 100, 40), "window_size": (5, 3)},
+        {"shape": (1, 1, 40, 100), "window_size": (5, 3), "names": ("bottom_right",)},
+        {"shape": (1, 2, 40, 40), "value_size": 40},
+        {"shape": (1, 2, 40, 40), "size": 40, "value_size": 16},
+        {"shape": (2, 2, 40, 40), "bshd": True},
+        {"shape": (2, 2, 40, 40), "layout": "strided"},
+        {"shape": (2, 2, 40, 40), "layout": "expanded", "grad_layout": "scalar"},
+        {"shape": (1, 6, 20, 20), "names": ("gqa", "causal", "dropout")},
+        {"shape": (1, 2, 40, 40), "dropout_p": 1.0},
+        {"shape": (1, 1, 20, 20), "size": 160},
+        {"shape": (1, 1, 20, 20), "size": 256, "names": ("causal",)},
+        {"shape": (1, 2, 40, 40), "names": ("causal", "window", "float_mask", "softcap", "sinks", "alibi", "dropout")},
+    ]), ids=str)  # fmt: skip
+    def test_corners(case):
+        check(case.pop("names", ()), **case)
+
+    @pytest.mark.parametrize("names", shared_out([
+        (), ("causal",), ("window",), ("gqa", "causal"), ("softcap", "alibi"), ("sinks", "causal"), ("dropout", "gqa"),
+        ("window", "causal", "softcap", "sinks", "alibi", "dropout", "gqa"),
+    ]), ids=str)  # fmt: skip
+    def test_varlen(names):
+        check_varlen((5, 0, 70, 33), (50, 4, 0, 33), names)
+        check_varlen((1, 40, 17), None, names, dtype=torch.float16)
+
+    @pytest.mark.parametrize("case", shared_out([
+        {"lengths": (1, 50, 99)},
+        {"lengths": (0, 5, 100), "size": 40},
+        {"lengths": (40, 50, 60), "rows": 3, "new": 3, "names": ("causal",)},
+        {"lengths": (0, 50, 60), "rows": 5, "new": 5, "names": ("causal", "sinks")},
+        {"lengths": (30, 90), "names": ("window", "alibi")},
+        {"lengths": (30, 90), "rows": 2, "names": ("softcap", "sinks"), "bshd": True},
+        {"lengths": (700, 3), "capacity": 800, "kv_heads": 4, "dtype": torch.float16},
+        {"lengths": (20, 7), "rows": 9, "heads": 8, "kv_heads": 1, "names": ("causal", "window")},
+    ]), ids=str)  # fmt: skip
+    def test_kvcache(case):
+        case = dict(case)
+        check_kvcache(case.pop("lengths"), case.pop("names", ()), **case)
+
+    if SHARD in (-1, 0):
+
+        def test_offsets_beyond_2_to_the_31():
+            """Strides take the last batch, head and row there; pages that are never touched cost no memory."""
+            far = 2**31 + 1024
+            storage = torch.empty(3 * far, dtype=torch.float16)
+            for strides in ((far, 2048, 16, 1), (2048, far, 16, 1), (4096, 2048, far // 32 * 16, 1)):
+                rows = 4 if strides[2] > 16 else 20
+                shape = (2, 2, rows, 16)
+                if sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) >= storage.numel():
+                    continue
+                dense = [torch.randn(shape).half() for _ in range(3)]
+                results = []
+                for apart in (False, True):
+                    tensors = [x.clone() for x in dense]
+                    if apart:
+                        for n, x in enumerate(dense):
+                            tensors[n] = storage.as_strided(shape, strides, 100_000 * n).copy_(x)
+                    tensors = [x.requires_grad_() for x in tensors]
+                    out = ops.attention(*tensors, is_causal=True)
+                    results.append((out, *torch.autograd.grad(out, tensors, dense[0])))
+                assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+        def test_every_element_is_written_and_the_same_every_time():
+            cu_q, cu_k = cumulative((5, 40)), cumulative((30, 9))
+            runs = []
+            with poisoned_allocations():
+                for _ in range(2):
+                    torch.manual_seed(0)
+                    q, k, v = (torch.randn(1, 2, 50, 40, requires_grad=True) for _ in range(3))
+                    out, lse = ops.attention(q, k, v, is_causal=True, return_lse=True, dropout_p=0.1)
+                    runs.append([out, lse, *torch.autograd.grad(out.square().sum(), (q, k, v))])
+                    q, k, v = (torch.randn(50, 2, 16, requires_grad=True) for _ in range(3))  # 5 and 11 rows behind
+                    out, lse = ops.attention_varlen(q, k, v, cu_q, cu_k, 40, 30, return_lse=True)
+                    assert not out[45:].any()
+                    runs[-1] += [out, *torch.autograd.grad(out.square().sum(), (q, k, v))]
+            for first, second in zip(*runs, strict=True):
+                assert not first.isnan().any()
+                assert torch.equal(first, second)
+
+        def test_fully_masked_rows():
+            q, k, v = (torch.randn(1, 1, 20, 16, requires_grad=True) for _ in range(3))
+            mask = torch.ones(20, 20, dtype=torch.bool)
+            mask[3] = False
+            for given in (mask, torch.zeros(20, 20).masked_fill(~mask, -torch.inf)):
+                out, lse = ops.attention(q, k, v, given, return_lse=True)
+                dq, dk, dv = torch.autograd.grad(out.sum(), (q, k, v))
+                assert not out[0, 0, 3].any()
+                assert lse[0, 0, 3] == -torch.inf
+                assert not dq[0, 0, 3].any()
+                assert not any(x.isnan().any() for x in (out, dq, dk, dv))
+
+        def test_what_the_kernels_refuse():
+            q = torch.randn(1, 1, 4, 16)
+            mask = torch.zeros(4, 4, requires_grad=True)
+            for args, kwargs, reason in (
+                ((q.bfloat16(),) * 3, {}, "interpreter multiplies bfloat16"),
+                ((q.double(),) * 3, {}, "got float64"),
+                ((q, q, q, mask), {}, "attn_mask requires grad"),
+                ((q, q, q), {"scale": -1.0}, "scale must be positive"),
+                ((torch.randn(1, 1, 4, 264),) * 3, {}, "head sizes go to 256, got 264"),
+            ):
+                with pytest.raises(fastllm.BackendUnavailable, match=reason):
+                    ops.attention(*args, **kwargs)
+
+        def test_autotune_keeps_the_fastest(monkeypatch, tmp_path):
+            from fastllm.kernels import _utils
+
+            monkeypatch.setenv("FASTLLM_AUTOTUNE", "1")
+            monkeypatch.setenv("FASTLLM_CACHE", str(tmp_path))
+            monkeypatch.setattr(_utils, "_tuned", None)
+            seconds = iter((3.0, 1.0, 2.0))
+            monkeypatch.setattr(_utils, "_milliseconds", lambda run, config: next(seconds))
+            configs = [_utils.Config({"BLOCK_M": n}) for n in (16, 32, 64)]
+            assert _utils.choose(("a", 1), configs[0], configs[1:], lambda config: None) == configs[1]
+            monkeypatch.setattr(_utils, "_tuned", None)  # another process: read from the file, not timed again
+            assert _utils.choose(("a", 1), configs[0], configs[1:], lambda config: None) == configs[1]
+            monkeypatch.setenv("FASTLLM_AUTOTUNE", "0")
+            assert _utils.choose(("a", 1), configs[0], configs[1:], lambda config: None) == configs[0]

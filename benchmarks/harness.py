@@ -6,10 +6,12 @@ What the numbers are:
   that it is the GPU's time and not Python's.
 - The contenders take turns, in an order that rotates from round to round, so that a change of the machine's speed meets
   all of them. The figure is the median over the rounds; the quartiles tell the noise.
+- On a CPU the allocator keeps freed memory. By default glibc returns large blocks and faults them in again, depending
+  on what ran before: that alone made eager's rms_norm take 17 ms or 40 ms, which would count for fastllm.
 - GB/s and TFLOP/s are the bytes that must move (each input read once, each output written once) and the operations that
   must be done, over the time. What a contender moves beyond that counts against it.
 - The ceiling beside them is the best that the same machine did in the same run: a large copy, counted as read and
-  written, and a large matrix product.
+  written, and a large matrix product. A case whose tensors fit in a CPU's cache can pass the copy.
 """
 
 from __future__ import annotations

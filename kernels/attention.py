@@ -22,7 +22,7 @@ block of each program, and sequence b is rows cu[b] to cu[b + 1].
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -673,12 +673,12 @@ def _block(size: int) -> int:
 
 def _common(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, slopes: Tensor | None, seed: Tensor | None, scores: Scores
-):
+) -> dict[str, Any]:
     """What all three kernels take. Tensors are (B, H, S, D) views, mask (B, H, Sq, Sk) and slopes (B, H) expanded."""
     dropout_p, scale, left, right, softcap, bottom_right = scores
-    if mask is None:
-        kind, strides = NO_MASK, (0, 0, 0, 0)
-    else:
+    kind = NO_MASK
+    strides: tuple[int, ...] = (0, 0, 0, 0)
+    if mask is not None:
         kind, strides = (BOOL_MASK if mask.dtype == torch.bool else FLOAT_MASK), mask.stride()
         mask = mask.view(torch.uint8) if kind == BOOL_MASK else mask
     names = ("b", "h", "s", "d")
@@ -720,15 +720,15 @@ def _run(kind: str, kernel, common: dict, args: dict, packed: Packed | None) -> 
         size = config.blocks["BLOCK_N" if of_keys else "BLOCK_M"]
         blocks = triton.cdiv(rows, size)
         cu_q, cu_k, tiles = packed.tiles(of_keys, size, rows) if packed else (None, None, None)
-        programs = (tiles.shape[0] if packed else blocks * batch) * heads
+        programs = (blocks * batch if tiles is None else tiles.shape[0]) * heads
         _utils.launch(kernel, (programs,), config, **common, **args, cu_q=cu_q, cu_k=cu_k, tiles=tiles, blocks=blocks,
                       VARLEN=packed is not None)  # fmt: skip
 
-    key = [common[name] for name in ("D", "DV", "LEFT", "RIGHT", "MASK", "ALIBI", "SOFTCAP", "DROPOUT")]
+    variant = [common[name] for name in ("D", "DV", "LEFT", "RIGHT", "MASK", "ALIBI", "SOFTCAP", "DROPOUT")]
     chip, dtype = _utils.chip(common["q"].device), common["q"].dtype
     featured = any(common[name] for name in ("MASK", "ALIBI", "SOFTCAP", "DROPOUT"))
     default = config(kind, max(common["BLOCK_D"], common["BLOCK_DV"]), dtype, featured, chip)
-    key = (kind, *chip, str(dtype), *key, packed is not None, rows.bit_length())
+    key = (kind, *chip, str(dtype), *variant, packed is not None, rows.bit_length())
     start(_utils.choose(key, default, CANDIDATES[kind], start))
 
 
@@ -782,7 +782,7 @@ def attention_bwd(
         **_strides("dl", lse if dlse is None else dlse, "bhs"),
         heads=heads, seq_q=rows, blocks=blocks, DV=size, DLSE=dlse is not None,
     )  # fmt: skip
-    if dsinks is not None:
+    if dsinks is not None and sinks is not None:
         shares = torch.exp(sinks.float()[:, None] - lse) * delta
         torch.sum(shares, (0, 2), out=dsinks) if dsinks.dtype == torch.float32 else dsinks.copy_(shares.sum((0, 2)))
         dsinks.neg_()
@@ -832,7 +832,8 @@ AMPERE_FEATURED = {
     "dkdv": {64: _c(32, 32, 4, 1), 128: _c(32, 32, 8, 1), 256: _c(16, 32, 8, 1)},
     "dq": {64: _c(32, 32, 4, 1), 128: _c(32, 32, 8, 1), 256: _c(16, 32, 8, 1)},
 }
-TABLE = {  # plain, featured
+Chip = tuple[str, Any]  # ("cuda", 90) or ("hip", "gfx942")
+TABLE: dict[Chip, tuple[dict, dict]] = {  # plain, featured
     ("cuda", 80): (AMPERE, AMPERE_FEATURED),
     ("cuda", 90): (HOPPER, HOPPER_FEATURED),
     ("cuda", 100): (BLACKWELL, HOPPER_FEATURED),
@@ -852,13 +853,14 @@ CANDIDATES = {
 }
 
 
-def config(kind: str, block_d: int, dtype: torch.dtype, featured: bool, chip: tuple[str, int | str]) -> Config:
+def config(kind: str, block_d: int, dtype: torch.dtype, featured: bool, chip: Chip) -> Config:
     """The table's configuration; an unknown chip takes its nearest older relative's."""
     if chip[0] == "cpu":
         return INTERPRETER[kind]
     if dtype == torch.float32:
         return FLOAT32[kind][max(64, block_d)]
     if chip not in TABLE:
-        older = [known for known in TABLE if known[0] == chip[0] and (chip[0] == "hip" or known[1] <= chip[1])]
-        chip = max(older, key=lambda known: known[1], default=("cuda", 80))
+        # A GPU of AMD is told by a name, one of NVIDIA by a number.
+        older = [name for kind_of, name in TABLE if kind_of == chip[0] and (kind_of == "hip" or name <= chip[1])]
+        chip = (chip[0], max(older)) if older else ("cuda", 80)
     return TABLE[chip][featured][kind][max(64, block_d)]

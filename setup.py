@@ -23,7 +23,9 @@ OLDEST_TORCH = (2, 11)
 DEFINES = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
 CUDA_ARCHS = "80;90;100;120"
 
-# What csrc/cpu/isa is compiled for, one pass each; csrc/cpu/capability.cpp chooses at run time.
+# What csrc/cpu/isa is compiled for, one pass each; csrc/cpu/capability.cpp chooses at run time. adamw.cpp must round as
+# it is written (csrc/math/adamw.h).
+EXACT = ["-ffp-contract=off"]
 ISAS = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     ISAS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
@@ -123,11 +125,18 @@ def make_build_ext():
             ext.extra_objects = [
                 object_file
                 for isa, isa_flags in ISAS.items()
+                for source in sources("csrc/cpu/isa/*.cpp")
                 for object_file in self.compiler.compile(
-                    sources("csrc/cpu/isa/*.cpp"),
+                    [source],
                     output_dir=str(Path(self.build_temp) / isa),
                     depends=sources("csrc/**/*.h"),
-                    extra_postargs=[*flags, *isa_flags, "-Wno-psabi", f"-DFASTLLM_ISA={isa}"],
+                    extra_postargs=[
+                        *flags,
+                        *isa_flags,
+                        *(EXACT if source.endswith("adamw.cpp") else []),
+                        "-Wno-psabi",
+                        f"-DFASTLLM_ISA={isa}",
+                    ],
                 )
             ]
             return super().build_extension(ext)

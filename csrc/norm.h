@@ -11,17 +11,6 @@
 
 namespace fastllm {
 
-inline DType dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return DType::kFloat;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    default:
-      return DType::kHalf;
-  }
-}
-
 struct NormFwdOut {
   Tensor y, sum, mean, rstd;  // sum only with a residual, mean only if centered
 };
@@ -29,8 +18,6 @@ struct NormFwdOut {
 struct NormBwdOut {
   Tensor dx, dweight, dbias;  // dweight and dbias are empty where no gradient was asked for
 };
-
-using MaybeTensor = std::optional<Tensor>;
 
 // x's like: residual, dy, dsum. Statistics: mean, rstd. Parameters: weight, bias.
 inline void check_rows(const char* what, const MaybeTensor& t, const Tensor& x) {

@@ -1,11 +1,11 @@
 // What the host code of the norms hands to their kernels, on the CPU and on the GPU: plain data, no torch.
 #pragma once
 
+#include "dtype.h"
+
 #include <cstdint>
 
 namespace fastllm {
-
-enum class DType { kFloat, kBFloat16, kHalf };
 
 // Activations are of type `dtype`; rows are dense inside and `*_stride` elements apart, outputs dense throughout.
 // Weight and bias are dense, of type float, or (GPU only) of the activations' type where `*_is_float` is false.

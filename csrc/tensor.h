@@ -1,6 +1,8 @@
 // Small helpers over the stable ABI's Tensor, shared by the CPU and CUDA host code.
 #pragma once
 
+#include "dtype.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -16,6 +18,7 @@ namespace fastllm {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
 
 inline std::string to_string(const Tensor& t) {
   std::string text = "(";
@@ -51,6 +54,18 @@ inline bool same_shape(const Tensor& a, const Tensor& b) {
 
 inline bool is_kernel_dtype(ScalarType dtype) {
   return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+}
+
+// Of a tensor of kernel dtype.
+inline DType dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    default:
+      return DType::kHalf;
+  }
 }
 
 // A tensor seen as rows of n elements, n its last size. Rows are dense inside; `stride` elements lie between them.

@@ -11,7 +11,7 @@ import contextlib
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -102,11 +102,20 @@ def _check_name(name: str | None, source: str) -> str | None:
     return name
 
 
+def _tensors(args: Iterable) -> Iterator[Tensor]:
+    """The tensors among an op's arguments, those in lists too."""
+    for arg in args:
+        if isinstance(arg, Tensor):
+            yield arg
+        elif isinstance(arg, (list, tuple)):
+            yield from (item for item in arg if isinstance(item, Tensor))
+
+
 def compiled(key: str, supports: Callable[..., str | None]) -> Backend:
     """A C++ kernel for dispatch key "CPU" or "CUDA". `supports` need not look at the device."""
 
     def on_device(*args) -> str | None:
-        device = next(arg for arg in args if isinstance(arg, Tensor)).device.type
+        device = next(_tensors(args)).device.type
         return supports(*args) if device == key.lower() else f"runs on {key.lower()}, the input is on {device}"
 
     return Backend(key.lower(), on_device, key=key)
@@ -201,14 +210,14 @@ class Op:
         rejected: list[tuple[Backend, str]] = []
         for backend, reason in self.candidates(*args):
             if backend.key is None and reason is None:
-                if backend.name == "reference" or any(isinstance(a, Tensor) and a.device.type != "cpu" for a in args):
+                if backend.name == "reference" or any(t.device.type != "cpu" for t in _tensors(args)):
                     self._warn(backend.name, rejected, args)
                 return backend.run(*args)
             rejected.append((backend, reason or "handed these arguments over"))
         raise AssertionError(f"{self.name}: the reference refuses nothing")
 
     def _warn(self, chosen: str, rejected: list[tuple[Backend, str]], args: tuple) -> None:
-        device = next(arg for arg in args if isinstance(arg, Tensor)).device.type
+        device = next(_tensors(args)).device.type
         # "cuda cannot run a CPU tensor" is no news; why this device's own kernel did not run is.
         reasons = [f"{b.name}: {reason}" for b, reason in rejected if b.key is None or b.key.lower() == device]
         message = f"fastllm.{self.name} runs on {chosen} for {device} tensors; " + (

@@ -2,6 +2,7 @@
 
 from fastllm.ops.add_layer_norm import add_layer_norm
 from fastllm.ops.add_rms_norm import add_rms_norm
+from fastllm.ops.adamw import adamw
 from fastllm.ops.attention import attention
 from fastllm.ops.attention_kvcache import attention_kvcache
 from fastllm.ops.attention_varlen import attention_varlen
@@ -11,6 +12,7 @@ from fastllm.ops.rms_norm import rms_norm
 __all__ = [
     "add_layer_norm",
     "add_rms_norm",
+    "adamw",
     "attention",
     "attention_kvcache",
     "attention_varlen",

@@ -15,32 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-PHILOX_ROUNDS = 7
-LOW = 0xFFFFFFFF
-
-
-def _multiply(constant: int, x: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of constant * x for 0 <= x < 2^32, in int64 that holds no 64 bits of product."""
-    low, high = constant * (x & 0xFFFF), constant * (x >> 16)
-    middle = (low >> 16) + (high & LOW)
-    return (high >> 32 << 16) + (middle >> 16), (middle << 16 | low & 0xFFFF) & LOW
-
-
-def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor) -> Tensor:
-    """The first of the four words that Philox-4x32-7 gives for counter (c0, c1, c2, 0).
-
-    Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011.
-    """
-    c0, c1, c2 = (c.long() & LOW for c in torch.broadcast_tensors(c0, c1, c2))
-    c3 = torch.zeros_like(c0)
-    k0, k1 = seed & LOW, seed >> 32 & LOW
-    for _ in range(PHILOX_ROUNDS):
-        high_a, low_a = _multiply(0xD2511F53, c0)
-        high_b, low_b = _multiply(0xCD9E8D57, c2)
-        c0, c1, c2, c3 = high_b ^ c1 ^ k0, low_b, high_a ^ c3 ^ k1, low_a
-        k0, k1 = (k0 + 0x9E3779B9) & LOW, (k1 + 0xBB67AE85) & LOW
-    return c0
-
+from fastllm.reference._philox import philox
 
 def dropout(seed: Tensor, rate: float, batch: int, heads: int, seq_q: int, seq_k: int, first_batch: int = 0) -> Tensor:
     """Z, (batch, heads, seq_q, seq_k): kept where 24 random bits reach rate * 2^24."""
@@ -50,7 +25,7 @@ def dropout(seed: Tensor, rate: float, batch: int, heads: int, seq_q: int, seq_k
 
     i, j = count(seq_q)[:, None], count(seq_k)[None, :]
     row = (first_batch + count(batch)[:, None]) * heads + count(heads)
-    kept = philox(seed, i, j, row[..., None, None]) >> 8 >= round(rate * 2**24)
+    kept = philox(seed, i, j, row[..., None, None], torch.zeros_like(j))[0] >> 8 >= round(rate * 2**24)
     return kept * (1 / (1 - rate) if rate < 1 else 0.0)
 
 

@@ -1,0 +1,45 @@
+// What the host code of AdamW hands to its kernels, on the CPU and on the GPU: plain data, no torch.
+#pragma once
+
+#include "dtype.h"
+#include "math/adamw.h"
+
+#include <cstdint>
+
+namespace fastllm {
+
+// One parameter and what belongs to it, all dense and in the same order in memory.
+struct AdamwTensor {
+  void* param;
+  void* grad;
+  void* exp_avg;
+  void* exp_avg_sq;
+  void* max_exp_avg_sq;     // null without amsgrad
+  void* master;             // null; float where the parameter has 16 bits; int16_t where `remainder`
+  float* exp_avg_scale;     // one a block of kAdamwBlock elements, null unless the moments have 8 bits
+  float* exp_avg_sq_scale;  // likewise
+  float* step;              // on the host or on the device, as AdamwCall says
+  int64_t numel;
+  uint32_t index;  // names the parameter in the random numbers
+};
+
+// The types of one parameter: several calls share a launch only where these agree.
+struct AdamwTypes {
+  DType param, grad, moment;
+  bool quantized;  // the moments have 8 bits, and `moment` means nothing
+  bool remainder;  // master holds the 16 bits that the parameter lacks
+  bool operator==(const AdamwTypes& o) const {
+    return param == o.param && grad == o.grad && (quantized ? o.quantized : !o.quantized && moment == o.moment) &&
+           remainder == o.remainder;
+  }
+};
+
+// What all parameters of a call share.
+struct AdamwCall {
+  AdamwHyper hyper;
+  bool maximize;
+  bool stochastic;
+  uint64_t seed;
+};
+
+}  // namespace fastllm

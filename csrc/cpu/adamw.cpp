@@ -1,0 +1,129 @@
+// adamw on CPU. Arithmetic: math/adamw.h; kernels: cpu/isa/adamw.cpp.
+#include "../adamw.h"
+
+#include "adamw_blocks.h"
+#include "capability.h"
+
+#include <cmath>
+
+namespace fastllm {
+
+namespace {
+
+const AdamwBlocks& blocks_kernel() {
+  switch (cpu_capability()) {
+#ifdef FASTLLM_X86
+    case Capability::kAvx512:
+      return avx512::adamw_blocks;
+    case Capability::kAvx2:
+      return avx2::adamw_blocks;
+#endif
+    default:
+      return baseline::adamw_blocks;
+  }
+}
+
+// The tensors one after the other as blocks of kAdamwBlock elements, so that threads share them evenly, whether there
+// is one huge tensor or thousands of small ones.
+class Blocks {
+ public:
+  explicit Blocks(const AdamwTable& table) : table_(table) {
+    first_.reserve(table.tensors.size() + 1);
+    first_.push_back(0);
+    for (const AdamwTensor& t : table.tensors) {
+      first_.push_back(first_.back() + (t.numel + kAdamwBlock - 1) / kAdamwBlock);
+    }
+  }
+
+  int64_t count() const {
+    return first_.back();
+  }
+
+  // Calls f(tensor, begin, end) for each tensor's elements among the blocks [begin, end).
+  template <class F>
+  void for_each(int64_t begin, int64_t end, F f) const {
+    size_t i = std::upper_bound(first_.begin(), first_.end(), begin) - first_.begin() - 1;
+    for (; begin < end; ++i) {
+      const int64_t stop = std::min(end, first_[i + 1]);
+      if (begin < stop) {
+        f(i,
+          (begin - first_[i]) * kAdamwBlock,
+          std::min(table_.tensors[i].numel, (stop - first_[i]) * kAdamwBlock));
+        begin = stop;
+      }
+    }
+  }
+
+ private:
+  const AdamwTable& table_;
+  std::vector<int64_t> first_;
+};
+
+constexpr int64_t kGrain = 32768 / kAdamwBlock;  // blocks a thread takes at the least
+
+}  // namespace
+
+void run_adamw_step(const AdamwTable& table, const AdamwCall& call, const AdamwDevice& device, const Tensor&) {
+  const float* found_inf = adamw_scalar(device.found_inf);
+  if (found_inf != nullptr && *found_inf != 0.0f) {
+    return;
+  }
+  AdamwHyper hyper = call.hyper;
+  if (const float* lr = adamw_scalar(device.lr)) {
+    hyper.lr = *lr;
+  }
+  AdamwFactors factors{call.maximize ? -1.0f : 1.0f, false, 1.0f};
+  if (const float* norm = adamw_scalar(device.grad_norm)) {
+    factors.clip *= adamw_clip(*norm, device.max_norm);
+  }
+  if (const float* scale = adamw_scalar(device.grad_scale)) {
+    factors.unscale = true;
+    factors.grad_scale = *scale;
+  }
+  std::vector<AdamwScalars> scalars;
+  scalars.reserve(table.tensors.size());
+  for (const AdamwTensor& t : table.tensors) {
+    *t.step += 1.0f;
+    // Most often all parameters are at the same step.
+    const bool known = !scalars.empty() && scalars.back().step == *t.step;
+    scalars.push_back(known ? scalars.back() : adamw_scalars(hyper, *t.step));
+  }
+  const AdamwBlocks& kernel = blocks_kernel();
+  const Blocks blocks(table);
+  torch::stable::parallel_for(0, blocks.count(), kGrain, [&](int64_t begin, int64_t end) {
+    blocks.for_each(begin, end, [&](size_t i, int64_t first, int64_t last) {
+      kernel.step(table.tensors[i], table.types[i], call, scalars[i], factors, first, last);
+    });
+  });
+}
+
+void run_adamw_norm(const AdamwTable& table, const Tensor& norm) {
+  // Sums of a fixed number of blocks, added in order: neither the threads' number nor their timing matters.
+  const AdamwBlocks& kernel = blocks_kernel();
+  const Blocks blocks(table);
+  const int64_t parts = (blocks.count() + kGrain - 1) / kGrain;
+  std::vector<double> sums(parts);
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) {
+      blocks.for_each(part * kGrain, std::min(blocks.count(), (part + 1) * kGrain),
+                      [&](size_t i, int64_t first, int64_t last) {
+                        const DType dtype = table.types[i].grad;
+                        const char* grad = static_cast<const char*>(table.tensors[i].grad);
+                        const int64_t size = dtype == DType::kFloat ? 4 : 2;
+                        sums[part] += kernel.square_sum(grad + first * size, dtype, last - first);
+                      });
+    }
+  });
+  double total = 0.0;
+  for (const double sum : sums) {
+    total += sum;
+  }
+  *static_cast<float*>(norm.mutable_data_ptr()) = static_cast<float>(std::sqrt(total));
+}
+
+}  // namespace fastllm
+
+STABLE_TORCH_LIBRARY_IMPL(fastllm, CPU, m) {
+  m.impl("adamw_step", TORCH_BOX(&fastllm::adamw_step));
+  m.impl("adamw_norm", TORCH_BOX(&fastllm::adamw_norm));
+}

@@ -1,0 +1,8 @@
+// The element types that kernels compute.
+#pragma once
+
+namespace fastllm {
+
+enum class DType { kFloat, kBFloat16, kHalf };
+
+}  // namespace fastllm

@@ -1,0 +1,199 @@
+// The arithmetic of AdamW (Loshchilov and Hutter, 2019), written once for the CPU and the GPU. At step t:
+//
+//   p <- p (1 - lr wd)                       m <- m + (1 - b1) (g - m)
+//   v <- b2 v + (1 - b2) g^2                 u = v, or with amsgrad the largest v so far
+//   p <- p - lr / (1 - b1^t) m / (sqrt(u) / sqrt(1 - b2^t) + eps)
+//
+// in the order of torch's own kernels and with their roundings, so that float32 comes out bit for bit as theirs on a
+// CPU. Nothing here may be contracted to a multiply-add but what is written as one: `Ops` has the operations, on floats
+// or on vectors of floats, and setup.py tells the compiler.
+//
+// Beside it, what keeps 16-bit weights from losing small updates, and 8-bit moments. Reference: reference/adamw.py.
+#pragma once
+
+#include "macros.h"
+
+#include <cmath>
+#include <cstdint>
+
+namespace fastllm {
+
+constexpr int kAdamwBlock = 256;  // elements that share a scale of 8-bit moments
+
+struct AdamwHyper {
+  double lr, beta1, beta2, weight_decay, eps;
+};
+
+// The hyperparameters at a step as what an element needs.
+struct AdamwScalars {
+  float decay;        // 1 - lr wd
+  float lerp;         // 1 - b1
+  float beta2;        // b2
+  float square;       // 1 - b2
+  float correction2;  // sqrt(1 - b2^t)
+  float step_size;    // -lr / (1 - b1^t)
+  float eps;
+  float step;  // t
+};
+
+FASTLLM_HOST_DEVICE AdamwScalars adamw_scalars(const AdamwHyper& h, float step) {
+  const double correction1 = 1.0 - pow(h.beta1, static_cast<double>(step));
+  const double correction2 = 1.0 - pow(h.beta2, static_cast<double>(step));
+  AdamwScalars s;
+  s.decay = static_cast<float>(1.0 - h.lr * h.weight_decay);
+  s.lerp = static_cast<float>(1.0 - h.beta1);
+  s.beta2 = static_cast<float>(h.beta2);
+  s.square = static_cast<float>(1.0 - h.beta2);
+  s.correction2 = static_cast<float>(sqrt(correction2));
+  s.step_size = static_cast<float>(-(h.lr / correction1));
+  s.eps = static_cast<float>(h.eps);
+  s.step = step;
+  return s;
+}
+
+// What clip_grad_norm_ multiplies the gradients by; NaN where the norm is.
+FASTLLM_HOST_DEVICE float adamw_clip(float norm, float max_norm) {
+  const float factor = max_norm / (norm + 1e-6f);
+  return factor > 1.0f ? 1.0f : factor;
+}
+
+template <class Ops>
+struct AdamwElement {
+  typename Ops::F param, exp_avg, exp_avg_sq, max_exp_avg_sq;
+};
+
+template <class Ops, bool kAmsgrad>
+FASTLLM_HOST_DEVICE void adamw_update(AdamwElement<Ops>& e, typename Ops::F grad, const AdamwScalars& s) {
+  using F = typename Ops::F;
+  e.param = Ops::mul(e.param, Ops::splat(s.decay));
+  const F difference = Ops::sub(grad, e.exp_avg);
+  // As torch.lerp: from the nearer end.
+  e.exp_avg = s.lerp < 0.5f ? Ops::fma(Ops::splat(s.lerp), difference, e.exp_avg)
+                            : Ops::fma(Ops::splat(s.lerp - 1.0f), difference, grad);
+  e.exp_avg_sq =
+      Ops::fma(Ops::mul(Ops::splat(s.square), grad), grad, Ops::mul(e.exp_avg_sq, Ops::splat(s.beta2)));
+  F square = e.exp_avg_sq;
+  if constexpr (kAmsgrad) {
+    // A NaN stays, as in torch.maximum.
+    square = e.max_exp_avg_sq = Ops::select(e.max_exp_avg_sq >= square, e.max_exp_avg_sq,
+                                            Ops::select(e.max_exp_avg_sq != e.max_exp_avg_sq, e.max_exp_avg_sq, square));
+  }
+  const F denominator = Ops::add(Ops::div(Ops::sqrt(square), Ops::splat(s.correction2)), Ops::splat(s.eps));
+  e.param = Ops::add(e.param, Ops::div(Ops::mul(Ops::splat(s.step_size), e.exp_avg), denominator));
+}
+
+// A float kept as a bfloat16 weight, the upper 16 bits rounded to nearest, ties away from zero, and the 16-bit
+// remainder that was rounded off, signed: the weight's bits times 2^16 plus the remainder are the float's bits. Ties
+// go away from zero because to even they would leave two floats with the same weight and remainder.
+template <class Ops>
+FASTLLM_HOST_DEVICE typename Ops::F adamw_join(typename Ops::U weight, typename Ops::U remainder) {
+  // The remainder's sign is extended by hand: it comes as 16 bits in 32.
+  return Ops::value((weight << 16) + remainder - ((remainder & 0x8000u) << 1));
+}
+
+template <class Ops>
+FASTLLM_HOST_DEVICE void adamw_split(typename Ops::F master, typename Ops::U& weight, typename Ops::U& remainder) {
+  const auto bits = Ops::bits(master);
+  const auto nan = master != master;
+  weight = Ops::select(nan, (bits >> 16) | 0x40u, (bits + 0x8000u) >> 16);
+  remainder = Ops::select(nan, Ops::whole(0u), bits & 0xffffu);
+}
+
+// Philox-4x32-7 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011). One counter serves eight
+// consecutive elements: element e takes half (e % 2) of word (e / 2 % 4) of counter (e / 8, parameter, step).
+template <class Ops>
+FASTLLM_HOST_DEVICE void adamw_random(typename Ops::U (&c)[4], uint64_t seed) {
+  uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < 7; ++round) {
+    const auto high0 = Ops::mul_high(c[0], 0xD2511F53u), high2 = Ops::mul_high(c[2], 0xCD9E8D57u);
+    const auto low0 = c[0] * 0xD2511F53u, low2 = c[2] * 0xCD9E8D57u;
+    c[0] = high2 ^ c[1] ^ key0;
+    c[1] = low2;
+    c[2] = high0 ^ c[3] ^ key1;
+    c[3] = low0;
+    key0 += 0x9E3779B9u;
+    key1 += 0xBB67AE85u;
+  }
+}
+
+// Stochastic rounding: up with the probability of the part that is cut off, out of 16 random bits. Infinities and NaN
+// stay; what would pass the largest finite number becomes infinite.
+template <class Ops>
+FASTLLM_HOST_DEVICE typename Ops::U adamw_round_bfloat16(typename Ops::F x, typename Ops::U random) {
+  const auto bits = Ops::bits(x);
+  const auto special = (bits & 0x7f800000u) == 0x7f800000u;
+  const auto nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  return Ops::select(special, Ops::select(nan, (bits >> 16) | 0x40u, bits >> 16), (bits + random) >> 16);
+}
+
+template <class Ops>
+FASTLLM_HOST_DEVICE typename Ops::U adamw_round_half(typename Ops::F x, typename Ops::U random) {
+  const auto bits = Ops::bits(x);
+  const auto magnitude = bits & 0x7fffffffu;
+  // Normal numbers lose 13 bits. Rounding may carry into the exponent, and past the largest into infinity.
+  const auto normal = ((magnitude + (random >> 3)) >> 13) - 0x1c000u;
+  // Below 2^-14 the last bit is worth 2^-24: scaled to that, the fraction of the number is what is cut off. Its bits
+  // under 2^-16 are too small for 16 random ones to tell.
+  const auto small = magnitude < 0x38800000u;
+  const auto scaled = Ops::mul(Ops::value(Ops::select(small, magnitude, Ops::whole(0u))), Ops::splat(0x1p40f));
+  const auto subnormal = (Ops::to_int(scaled) + random) >> 16;
+  auto half = Ops::select(small, subnormal, normal);
+  half = Ops::select(half > 0x7c00u, Ops::whole(0x7c00u), half);
+  half = Ops::select(magnitude > 0x7f800000u, Ops::whole(0x7e00u), half);
+  return half | ((bits >> 16) & 0x8000u);
+}
+
+// The dynamic 8-bit code (Dettmers et al., "8-bit Optimizers via Block-wise Quantization", 2022), of values in [-1, 1]
+// for the first moment and in [0, 1] for the second. Decade i = 0..6, from 10^(i-7) to 10^(i-6), is cut into 2^i equal
+// parts (2^(i+1) without a sign), each of which stands for its middle; 0 and 1 are exact. The bits, with magnitude k:
+//   signed    0: zero, 1..127: k = code, 128: one, 129..255: -(k = code - 128); decade i starts at k = 2^i
+//   unsigned  0: zero, 1..254: k = code + 1, 255: one;                        decade i starts at k = 2^(i+1)
+// A second moment that is not zero is never coded as zero: its root divides.
+template <class Ops, bool kSigned>
+FASTLLM_HOST_DEVICE typename Ops::F adamw_decode(typename Ops::U code) {
+  const auto k = kSigned ? Ops::select(code > 128u, code - 128u, code) : code + 1u;
+  const auto bits = Ops::bits(Ops::from_int(k));
+  const auto exponent = (bits >> 23) - 127u;                                        // of k: i or i + 1
+  const auto fraction = Ops::sub(Ops::value((bits & 0x7fffffu) | 0x3f800000u), Ops::splat(1.0f));
+  const auto half_part = Ops::value((126u - exponent) << 23);                        // 2^-exponent / 2
+  auto scale = Ops::splat(1e-6f);
+  constexpr float kScales[] = {1e-5f, 1e-4f, 1e-3f, 1e-2f, 1e-1f, 1.0f};
+  for (uint32_t i = 0; i < 6; ++i) {
+    scale = Ops::select(exponent > i + (kSigned ? 0u : 1u), Ops::splat(kScales[i]), scale);
+  }
+  const auto inside = Ops::add(Ops::mul(Ops::add(fraction, half_part), Ops::splat(0.9f)), Ops::splat(0.1f));
+  auto value = Ops::mul(scale, inside);
+  value = Ops::select(k == (kSigned ? 128u : 256u), Ops::splat(1.0f), value);
+  value = Ops::select(code == 0u, Ops::splat(0.0f), value);
+  return kSigned ? Ops::select(code > 128u, Ops::sub(Ops::splat(0.0f), value), value) : value;
+}
+
+template <class Ops, bool kSigned>
+FASTLLM_HOST_DEVICE typename Ops::U adamw_encode(typename Ops::F x) {
+  const auto negative = x < Ops::splat(0.0f);
+  const auto y = Ops::select(negative, Ops::sub(Ops::splat(0.0f), x), x);
+  constexpr float kStarts[] = {1e-6f, 1e-5f, 1e-4f, 1e-3f, 1e-2f, 1e-1f};
+  constexpr float kScales[] = {1e5f, 1e4f, 1e3f, 1e2f, 1e1f, 1.0f};
+  constexpr float kFirst = kSigned ? 1.0f : 2.0f;
+  auto scale = Ops::splat(1e6f), parts = Ops::splat(kFirst);
+  for (int i = 0; i < 6; ++i) {
+    const auto inside = y >= Ops::splat(kStarts[i]);
+    scale = Ops::select(inside, Ops::splat(kScales[i]), scale);
+    parts = Ops::select(inside, Ops::splat(kFirst * static_cast<float>(2 << i)), parts);
+  }
+  const auto along = Ops::mul(Ops::sub(Ops::mul(y, scale), Ops::splat(0.1f)), Ops::splat(1.0f / 0.9f));
+  auto part = Ops::mul(along, parts);
+  part = Ops::select(part > Ops::splat(0.0f), part, Ops::splat(0.0f));  // also NaN, whose block has a NaN scale
+  auto k = Ops::to_int(Ops::add(part, parts));
+  constexpr uint32_t kOne = kSigned ? 128u : 256u;
+  // Rounding may carry to 1 what lies below it, and cannot be trusted to carry 1 there.
+  k = Ops::select(y >= Ops::splat(1.0f), Ops::whole(kOne), Ops::select(k >= kOne, Ops::whole(kOne - 1u), k));
+  if constexpr (kSigned) {
+    const auto code = Ops::select(negative, Ops::select(k == kOne, Ops::whole(255u), k + 128u), k);
+    return Ops::select(y >= Ops::splat(1e-7f), code, Ops::whole(0u));
+  } else {
+    return Ops::select(y > Ops::splat(0.0f), k - 1u, Ops::whole(0u));
+  }
+}
+
+}  // namespace fastllm

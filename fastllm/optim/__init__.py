@@ -1,0 +1,5 @@
+"""Optimizers over fused ops."""
+
+from fastllm.optim.adamw import AdamW
+
+__all__ = ["AdamW"]

@@ -1,0 +1,111 @@
+"""What AdamW keeps for a parameter, and how it is made from what a checkpoint holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastllm.ops.adamw import BLOCK, dequantize, join, quantize, split
+
+SHORT = (torch.bfloat16, torch.float16)
+MASTER_KEYS = {"float32": "master", "remainder": "remainder"}
+
+
+class Options(NamedTuple):
+    """What decides the state of a group's parameters, as `AdamW` takes it."""
+
+    master_weights: str | None
+    moment_dtype: torch.dtype | None
+    amsgrad: bool
+    step_on_device: bool
+
+
+def moment_dtype(param: Tensor, options: Options) -> torch.dtype:
+    if options.moment_dtype is not None:
+        return options.moment_dtype
+    return torch.float32 if options.master_weights and param.dtype in SHORT else param.dtype
+
+
+def lacks_master(param: Tensor, state: Mapping[str, Tensor], options: Options) -> bool:
+    """Whether a master is wanted that is not there."""
+    return (
+        options.master_weights is not None
+        and param.dtype in SHORT
+        and MASTER_KEYS[options.master_weights] not in state
+    )
+
+
+def fill(param: Tensor, state: dict[str, Tensor], options: Options) -> None:
+    """Adds what is missing, as it is before the first step. Everything but step and scales is laid out like `param`."""
+    if "step" not in state:
+        device = param.device if options.step_on_device else "cpu"
+        state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+        dtype = moment_dtype(param, options)
+        for name in ("exp_avg", "exp_avg_sq"):
+            if dtype == torch.uint8:
+                state[f"{name}_code"] = torch.zeros_like(param, dtype=dtype)
+                blocks = -(-param.numel() * (2 if param.is_complex() else 1) // BLOCK)
+                state[f"{name}_scale"] = torch.zeros(blocks, dtype=torch.float32, device=param.device)
+            else:
+                state[name] = torch.zeros_like(param, dtype=dtype)
+        if options.amsgrad:
+            state["max_exp_avg_sq"] = torch.zeros_like(param, dtype=dtype)
+    if lacks_master(param, state, options):
+        if options.master_weights == "float32":
+            state["master"] = param.detach().to(torch.float32, copy=True)
+        else:
+            state["remainder"] = torch.zeros_like(param, dtype=torch.int16)
+
+
+def adopt(param: Tensor, saved: Mapping[str, Any], options: Options) -> dict[str, Any]:
+    """The state of `param` from that of a checkpoint, whose options may have been others.
+
+    Moments are converted. A master that is missing is left out, so that the next step starts it from the parameter.
+    """
+    state: dict[str, Any] = {}
+    for key, value in saved.items():
+        if key == "step":
+            device = param.device if options.step_on_device else "cpu"
+            step = value if isinstance(value, Tensor) else torch.tensor(float(value))
+            state["step"] = step.to(torch.float32).to(device).reshape(())
+        elif key not in _OWN:
+            state[key] = value.to(param.device) if isinstance(value, Tensor) else value
+    dtype = moment_dtype(param, options)
+    for name in ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if "max_exp_avg_sq" in saved else [])):
+        signed = name == "exp_avg"
+        if dtype == torch.uint8:
+            if f"{name}_code" in saved:
+                state[f"{name}_code"] = saved[f"{name}_code"].to(param.device)
+                state[f"{name}_scale"] = saved[f"{name}_scale"].to(param.device)
+            elif name in saved:
+                moment = saved[name].to(device=param.device, dtype=torch.float32)
+                state[f"{name}_code"], state[f"{name}_scale"] = quantize(moment, signed)
+        elif f"{name}_code" in saved:
+            state[name] = dequantize(saved[f"{name}_code"], saved[f"{name}_scale"], signed).to(param.device, dtype)
+        elif name in saved:
+            state[name] = saved[name].to(device=param.device, dtype=dtype)
+    if param.dtype in SHORT and options.master_weights == "float32":
+        if "master" in saved:
+            state["master"] = saved["master"].to(param.device)
+        elif "remainder" in saved and param.dtype == torch.bfloat16:
+            state["master"] = join(param.detach(), saved["remainder"].to(param.device))
+    elif param.dtype in SHORT and options.master_weights == "remainder":
+        if "remainder" in saved:
+            state["remainder"] = saved["remainder"].to(param.device)
+        elif "master" in saved:
+            # Only right if the parameter is what this master rounds to, as it is after loading both.
+            weight, remainder = split(saved["master"].to(param.device))
+            if torch.equal(weight, param.detach()):
+                state["remainder"] = remainder
+    return state
+
+
+_OWN = {
+    "step",
+    "master",
+    "remainder",
+    *(f"{name}{suffix}" for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") for suffix in ("", "_code", "_scale")),
+}

@@ -1,0 +1,416 @@
+"""AdamW, drop-in for torch.optim.AdamW."""
+
+from __future__ import annotations
+
+import math
+import operator
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastllm.ops.adamw import grad_norm, step_op
+from fastllm.optim import _state
+from fastllm.optim._overlap import check_overlap
+
+
+class _Plan(NamedTuple):
+    """What is the same at every step for the parameters of a group that have a gradient."""
+
+    params: list[Tensor]
+    special: bool  # DTensors or complex numbers are among them
+    parts: list[list[int]]  # places of those that one call updates
+
+
+def _plan(params: list[Tensor]) -> _Plan:
+    # One call for a device, and one for what has no kernel, so that a float64 parameter slows only itself.
+    dtensor = _dtensor()
+    parts: dict[Any, list[int]] = {}
+    for i, param in enumerate(params):
+        parts.setdefault((param.device, param.dtype in (torch.float64, torch.complex128)), []).append(i)
+    return _Plan(params, any(p.is_complex() or isinstance(p, dtensor) for p in params), list(parts.values()))
+
+
+@dataclass
+class _Batch:
+    """The parameters of a group that one call updates."""
+
+    group: dict[str, Any]
+    params: list[Tensor]
+    grads: list[Tensor]
+    states: list[dict[str, Tensor]]
+    indices: list[int]  # their places among all parameters of the optimizer
+    tensors: list[Tensor]  # what is updated: the parameters, their shards, or their real views
+    special: bool
+
+    def part(self, at: list[int]) -> _Batch:
+        lists = (self.params, self.grads, self.states, self.indices, self.tensors)
+        return _Batch(self.group, *([values[i] for i in at] for values in lists), self.special)
+
+    def get(self, key: str) -> list[Tensor]:
+        return [_plain(state[key]) for state in self.states] if self.special else [s[key] for s in self.states]
+
+    def masters(self, key: str) -> list[Tensor]:
+        """The masters; a parameter that needs none stands for itself."""
+        return [
+            _plain(state[key]) if key in state else tensor
+            for state, tensor in zip(self.states, self.tensors, strict=True)
+        ]
+
+
+def _dtensor() -> type | tuple[()]:
+    """DTensor, if the process has any: whoever makes one has imported it."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module.DTensor if module is not None else ()
+
+
+def _plain(x: Tensor) -> Tensor:
+    """A DTensor's shard; of complex numbers, the pairs of real ones."""
+    if isinstance(x, _dtensor()):
+        x = x.to_local()  # type: ignore[attr-defined]
+    return torch.view_as_real(x) if x.is_complex() else x
+
+
+def _as_placed(grad: Tensor, param: Tensor) -> Tensor:
+    """The gradient of a DTensor, placed as the parameter is."""
+    dtensor = _dtensor()
+    if isinstance(grad, dtensor) and isinstance(param, dtensor) and grad.placements != param.placements:  # type: ignore[attr-defined]
+        return grad.redistribute(param.device_mesh, param.placements)  # type: ignore[attr-defined]
+    return grad
+
+
+def _scalar_on(x: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if x is None else x.to(device, torch.float32, non_blocking=True)
+
+
+def _total_norm(batches: list[_Batch], grad_scale: Tensor | None) -> Tensor:
+    """The norm of all gradients, over devices and ranks too, after they are divided by `grad_scale`."""
+    norms = [norm for batch in batches for norm in _norms(batch)]
+    first = norms[0]
+    norm = first if len(norms) == 1 else torch.linalg.vector_norm(torch.stack([n.to(first.device) for n in norms]))
+    return norm if grad_scale is None else norm / grad_scale.to(norm.device)
+
+
+def _norms(batch: _Batch) -> list[Tensor]:
+    dtensor = _dtensor()
+    if not any(isinstance(param, dtensor) for param in batch.params):
+        return [grad_norm(batch.grads)]
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    # Those that are cut alike over the same mesh are added up together; every shard counts once.
+    alike: dict[Any, list[Tensor]] = {}
+    for param, grad in zip(batch.params, batch.grads, strict=True):
+        key = None
+        if isinstance(param, dtensor):
+            cut = tuple(isinstance(placement, Shard) for placement in param.placements)  # type: ignore[attr-defined]
+            key = (param.device_mesh, cut)  # type: ignore[attr-defined]
+        alike.setdefault(key, []).append(grad)
+    norms = []
+    for key, grads in alike.items():
+        norm = grad_norm(grads)
+        if key is not None:
+            mesh, cut = key
+            placements = [Partial("sum") if sharded else Replicate() for sharded in cut]
+            squares = dtensor.from_local(norm.double().square(), mesh, placements, run_check=False)  # type: ignore[union-attr]
+            norm = squares.full_tensor().sqrt().to(norm.dtype)
+        norms.append(norm)
+    return norms
+
+
+class AdamW(torch.optim.AdamW):
+    """AdamW in one pass over all parameters, drop-in for `torch.optim.AdamW`.
+
+        p <- p (1 - lr weight_decay)
+        m <- beta1 m + (1 - beta1) g        v <- beta2 v + (1 - beta2) g^2
+        p <- p - lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
+
+    The constructor, param_groups and state_dict are torch's, and checkpoints load in both directions. The arithmetic is
+    that of torch's per-tensor loop, in float32 whatever the parameters' dtype, and bit for bit the same on the CPU for
+    float32. Sources: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019; for 8-bit moments Dettmers
+    et al., "8-bit Optimizers via Block-wise Quantization", 2022.
+
+    What a parameter costs, in bytes, beside its gradient:
+
+    ============================================================== ====== ===== ==== ===
+    parameter and options                                          weight extra m, v sum
+    ============================================================== ====== ===== ==== ===
+    float32                                                             4     0    8  12
+    float32, moment_dtype=torch.bfloat16                                4     0    4   8
+    float32, moment_dtype=torch.uint8                                   4     0 2.03 6.03
+    bfloat16 or float16                                                 2     0    4   6
+    bfloat16 or float16, moment_dtype=torch.float32                     2     0    8  10
+    bfloat16 or float16, master_weights="float32"                       2     4    8  14
+    bfloat16, master_weights="remainder"                                2     2    8  12
+    bfloat16, master_weights="remainder", moment_dtype=torch.uint8      2     2 2.03 6.03
+    bfloat16 or float16, stochastic_rounding=True                       2     0    4   6
+    the same, moment_dtype=torch.uint8                                  2     0 2.03 4.03
+    ============================================================== ====== ===== ==== ===
+
+    amsgrad adds a third moment. A gradient costs as much as its weight.
+
+    Args:
+        params, lr, betas, eps, weight_decay, amsgrad, maximize, capturable: as torch's. A tensor lr on a GPU is read
+            there, without a sync.
+        foreach, fused: accepted, and both run the same fused kernel; as in torch, `fused` (or `capturable`) keeps `step`
+            on the parameter's device. Without either, a GradScaler's verdict on infinities is waited for.
+        differentiable: refused; use torch.optim.AdamW.
+        max_norm: clip the norm of all gradients together to this, as `torch.nn.utils.clip_grad_norm_` before the step
+            does, but on the way: the gradients are read once for the norm, and not written. The norm before clipping
+            is in `grad_norm` after the step. Default: no clipping.
+        master_weights: for parameters of 16 bits. "float32" keeps what they are rounded from, under state key "master";
+            "remainder" keeps only the 16 bits that rounding to bfloat16 took, under "remainder": bit for bit the same
+            training at half the memory. Both round to the nearest bfloat16, ties away from zero (so that the two
+            agree), to the nearest float16, ties to even. Whoever changes a parameter afterwards must delete its
+            "master".
+        stochastic_rounding: round parameters of 16 bits up or down at random, right on average: no memory at all. The
+            random numbers depend on (seed, step, index of the parameter, element), and on nothing else.
+        moment_dtype: of m and v: a floating dtype, or torch.uint8 for blocks of 256 elements that share a scale, in 8
+            bits each (keys "exp_avg_code", "exp_avg_scale", "exp_avg_sq_code", "exp_avg_sq_scale"; not with amsgrad,
+            nor for DTensors). Default: as torch, the parameter's; float32 with master_weights.
+        seed: of stochastic_rounding.
+
+    Attributes:
+        grad_norm: 0-d tensor, the norm of all gradients before clipping, of the last step with `max_norm`; else None.
+
+    Raises:
+        ValueError: for a value out of range, parameters given twice or overlapping in memory, and options that do not
+            fit the parameters.
+        RuntimeError: at a step, for sparse gradients.
+    """
+
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        max_norm: float | None = None,
+        master_weights: str | None = None,
+        stochastic_rounding: bool = False,
+        moment_dtype: torch.dtype | None = None,
+        seed: int = 0,
+    ) -> None:
+        if differentiable:
+            raise ValueError("AdamW: differentiable=True needs torch.optim.AdamW: a fused step has no gradient")
+        if max_norm is not None and not 0 < max_norm < math.inf:
+            raise ValueError(f"AdamW: max_norm must be positive and finite, or None, got {max_norm}")
+        if master_weights not in (None, "float32", "remainder"):
+            raise ValueError(f"AdamW: master_weights must be None, 'float32' or 'remainder', got {master_weights!r}")
+        if stochastic_rounding and master_weights:
+            raise ValueError("AdamW: stochastic_rounding and master_weights exclude each other")
+        allowed = (None, torch.float32, torch.bfloat16, torch.float16, torch.uint8)
+        if moment_dtype not in allowed:
+            raise ValueError(f"AdamW: moment_dtype must be one of {allowed}, got {moment_dtype}")
+        self.max_norm = max_norm
+        self.master_weights = master_weights
+        self.stochastic_rounding = stochastic_rounding
+        self.moment_dtype = moment_dtype
+        self.seed = seed
+        self.grad_norm: Tensor | None = None
+        self._loading: Mapping[str, Any] | None = None
+        self._plans: dict[int, _Plan] = {}
+        self._shared_steps: dict[int, tuple[Tensor, list[Tensor]]] = {}
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            fused=fused,
+        )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's, and refuses parameters that are given twice, overlap in memory, or do not fit the options."""
+        if isinstance(param_group, dict) and isinstance(param_group.get("params"), Iterable):
+            given = param_group["params"]
+            given = [given] if isinstance(given, Tensor) else list(given)
+            if not isinstance(param_group["params"], (Tensor, set)):
+                param_group["params"] = given  # it may have been an iterator
+            tensors = [item[1] if isinstance(item, tuple) else item for item in given]
+            if len({id(tensor) for tensor in tensors}) < len(tensors):
+                raise ValueError("AdamW: the same parameter is given twice in one group")
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._check_group(group)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        for param in group["params"]:
+            if self.master_weights == "remainder" and param.dtype == torch.float16:
+                raise ValueError(
+                    "AdamW: master_weights='remainder' is for bfloat16 parameters, got torch.float16: use 'float32'"
+                )
+            if self.moment_dtype == torch.uint8 and isinstance(param, _dtensor()):
+                raise ValueError("AdamW: moment_dtype=torch.uint8 cannot be kept for a DTensor: its blocks are local")
+        if group["amsgrad"] and self.moment_dtype == torch.uint8:
+            raise ValueError("AdamW: moment_dtype=torch.uint8 does not go with amsgrad")
+        if group["differentiable"]:
+            raise ValueError("AdamW: differentiable=True needs torch.optim.AdamW: a fused step has no gradient")
+        check_overlap([_plain(p.detach()) for g in self.param_groups for p in g["params"] if p.device.type != "meta"])
+
+    # State
+
+    def _options(self, group: dict[str, Any]) -> _state.Options:
+        return _state.Options(
+            self.master_weights, self.moment_dtype, group["amsgrad"], bool(group["capturable"] or group["fused"])
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("max_norm", "master_weights", "stochastic_rounding", "moment_dtype", "seed", "grad_norm", "_loading")
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._plans, self._shared_steps = {}, {}
+        if self._loading is not None:
+            # torch's load_state_dict casts every floating tensor to the parameter's dtype: take what was saved.
+            saved = chain.from_iterable(group["params"] for group in self._loading["param_groups"])
+            places = ((group, param) for group in self.param_groups for param in group["params"])
+            for number, (group, param) in zip(saved, places, strict=True):
+                if number in self._loading["state"]:
+                    self.state[param] = _state.adopt(param, self._loading["state"][number], self._options(group))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's. Takes checkpoints of torch.optim.AdamW, and of this one with other options: moments are converted,
+        and masters that are missing start from the parameters, so load those first."""
+
+        def remember(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+            self._loading = state_dict
+
+        handle = self.register_load_state_dict_pre_hook(remember)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+            self._loading = None
+
+    # The step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step for every parameter that has a gradient.
+
+        Args:
+            closure: computes the loss and its gradients anew; called first.
+
+        Returns:
+            What the closure returned, else None.
+        """
+        self._accelerator_graph_capture_health_check()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        batches, first = [], 0
+        for group in self.param_groups:
+            batches += self._collect(group, first)
+            first += len(group["params"])
+        norm = None
+        if self.max_norm is not None and batches:
+            norm = self.grad_norm = _total_norm(batches, grad_scale)
+        for batch in batches:
+            self._run(batch, norm, grad_scale, found_inf)
+        return loss
+
+    def _collect(self, group: dict[str, Any], first: int) -> list[_Batch]:
+        grads = [param.grad for param in group["params"]]
+        params = group["params"]
+        indices = list(range(first, first + len(params)))
+        if any(grad is None for grad in grads):
+            chosen = [i for i, grad in enumerate(grads) if grad is not None]
+            params, grads, indices = ([values[i] for i in chosen] for values in (params, grads, indices))
+        if not params:
+            return []
+        states = list(map(self.state.__getitem__, params))
+        options = self._options(group)
+        if not all(states) or options.master_weights:
+            for param, state in zip(params, states, strict=True):
+                if not state or _state.lacks_master(param, state, options):
+                    _state.fill(param, state, options)
+        plan = self._plans.get(first)
+        if plan is None or len(plan.params) != len(params) or not all(map(operator.is_, plan.params, params)):
+            plan = self._plans[first] = _plan(params)
+        batch = _Batch(group, params, grads, states, indices, params, plan.special)
+        if plan.special:
+            batch.tensors = [_plain(param) for param in params]
+            batch.grads = [_plain(_as_placed(grad, param)) for grad, param in zip(grads, params, strict=True)]
+        return [batch] if len(plan.parts) == 1 else [batch.part(at) for at in plan.parts]
+
+    def _steps(self, batch: _Batch) -> list[Tensor]:
+        """The parameters' steps. Those of a whole group are kept as views of one tensor, which stands for them all: a
+        fifth of the tensors to hand over at each step."""
+        steps = [state["step"] for state in batch.states]
+        if len(steps) < len(batch.group["params"]):
+            return steps
+        kept, views = self._shared_steps.get(batch.indices[0], (None, []))
+        if kept is None or len(views) != len(steps) or not all(map(operator.is_, steps, views)):
+            kept = torch.stack(steps)
+            views = list(kept.unbind())
+            for state, view in zip(batch.states, views, strict=True):
+                state["step"] = view
+            self._shared_steps[batch.indices[0]] = kept, views
+        return [kept]
+
+    def _run(
+        self, batch: _Batch, norm: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
+        group, device = batch.group, batch.tensors[0].device
+        steps = self._steps(batch)
+        quantized = self.moment_dtype == torch.uint8
+        suffix = "_code" if quantized else ""
+        masters = batch.masters(_state.MASTER_KEYS[self.master_weights]) if self.master_weights else []
+        if found_inf is not None and steps[0].device != device:
+            # `step` lives on the host, which must know whether there is one.
+            if found_inf.item():
+                return
+            found_inf = None
+        lr, (beta1, beta2) = group["lr"], group["betas"]
+        on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"
+        step_op(
+            batch.tensors,
+            batch.grads,
+            batch.get("exp_avg" + suffix),
+            batch.get("exp_avg_sq" + suffix),
+            batch.get("max_exp_avg_sq") if group["amsgrad"] else [],
+            steps,
+            masters,
+            batch.get("exp_avg_scale") if quantized else [],
+            batch.get("exp_avg_sq_scale") if quantized else [],
+            _scalar_on(norm, device),
+            _scalar_on(grad_scale, device),
+            _scalar_on(found_inf, device),
+            _scalar_on(lr, device) if on_device else None,
+            batch.indices if self.stochastic_rounding else [],
+            0.0 if on_device else float(lr),
+            float(beta1),
+            float(beta2),
+            float(group["weight_decay"]),
+            group["eps"],
+            self.max_norm or 0.0,
+            group["maximize"],
+            self.stochastic_rounding,
+            self.seed,
+        )
+        torch.autograd.graph.increment_version(batch.tensors)

@@ -16,7 +16,7 @@ using TensorList = std::vector<Tensor>;
 struct AdamwTable {
   std::vector<AdamwTensor> tensors;
   std::vector<AdamwTypes> types;
-  int64_t elements = 0;
+  bool steps_on_host = true;
   TensorList kept;                                // copies that the table points to
   std::vector<std::pair<Tensor, Tensor>> copied;  // (original, copy): copied back after the step
 };
@@ -28,6 +28,7 @@ struct AdamwDevice {
 };
 
 // What cpu/adamw.cpp and cuda/adamw.cpp implement, each in its own shared object.
+bool adamw_has_kernel(const AdamwTypes& types);
 void run_adamw_step(const AdamwTable& table, const AdamwCall& call, const AdamwDevice& device, const Tensor& like);
 // Writes the norm of all the tensors' gradients, whose other pointers are null, to one float.
 void run_adamw_norm(const AdamwTable& table, const Tensor& norm);
@@ -100,6 +101,11 @@ inline void check_adamw(bool ok, const char* what, size_t index, const Tensor& g
   }
 }
 
+inline AdamwTypes adamw_types(const Tensor& param, const Tensor& grad, const Tensor& exp_avg) {
+  const bool quantized = exp_avg.scalar_type() == ScalarType::Byte;
+  return {dtype_of(param), dtype_of(grad), quantized ? DType::kFloat : dtype_of(exp_avg), quantized, false};
+}
+
 inline bool is_moment_dtype(ScalarType dtype) {
   return is_kernel_dtype(dtype) || dtype == ScalarType::Byte;
 }
@@ -108,7 +114,7 @@ inline bool is_moment_dtype(ScalarType dtype) {
 inline bool adamw_supported(const TensorList& params, const TensorList& grads, const TensorList& exp_avgs) {
   for (size_t i = 0; i < params.size(); ++i) {
     if (!is_kernel_dtype(params[i].scalar_type()) || !is_kernel_dtype(grads[i].scalar_type()) ||
-        !is_moment_dtype(exp_avgs[i].scalar_type())) {
+        !is_moment_dtype(exp_avgs[i].scalar_type()) || !adamw_has_kernel(adamw_types(params[i], grads[i], exp_avgs[i]))) {
       return false;
     }
   }
@@ -131,6 +137,7 @@ inline AdamwTable adamw_table(const AdamwLists& l, const std::vector<int64_t>& i
                                steps.scalar_type() == ScalarType::Float && steps.is_contiguous();
   STD_TORCH_CHECK(one_step_tensor || l.steps.size() == count, "fastllm: adamw: ", l.steps.size(), " steps for ", count);
   float* first_step = static_cast<float*>(steps.mutable_data_ptr());
+  table.steps_on_host = !steps.is_cuda();
   for (size_t i = 0; i < count; ++i) {
     const Tensor& param = l.params[i];
     const Tensor* parts[] = {
@@ -172,7 +179,10 @@ inline AdamwTable adamw_table(const AdamwLists& l, const std::vector<int64_t>& i
       t.step = first_step + i;
     } else {
       const Tensor& step = l.steps[i];
-      check_adamw(step.scalar_type() == ScalarType::Float && step.numel() == 1, "step", i, step, param);
+      check_adamw(
+          step.scalar_type() == ScalarType::Float && step.numel() == 1 && same_device(step, steps) &&
+              (!step.is_cuda() || same_device(step, param)),
+          "step", i, step, param);
       t.step = static_cast<float*>(step.mutable_data_ptr());
     }
     if (quantized) {
@@ -186,13 +196,8 @@ inline AdamwTable adamw_table(const AdamwLists& l, const std::vector<int64_t>& i
       t.exp_avg_sq_scale = static_cast<float*>(scales[1]->mutable_data_ptr());
     }
     table.tensors.push_back(t);
-    table.types.push_back(
-        {dtype_of(param),
-         dtype_of(l.grads[i]),
-         quantized ? DType::kFloat : dtype_of(l.exp_avgs[i]),
-         quantized,
-         parts[4] != nullptr && parts[4]->scalar_type() == ScalarType::Short});
-    table.elements += t.numel;
+    table.types.push_back(adamw_types(param, l.grads[i], l.exp_avgs[i]));
+    table.types.back().remainder = parts[4] != nullptr && parts[4]->scalar_type() == ScalarType::Short;
   }
   return table;
 }
@@ -276,7 +281,6 @@ inline Tensor adamw_norm(const TensorList& grads) {
     const DType dtype = dtype_of(grad);
     table.tensors.push_back(t);
     table.types.push_back({dtype, dtype, dtype, false, false});
-    table.elements += t.numel;
   }
   const Tensor norm = torch::stable::new_empty(grads[0], {}, ScalarType::Float);
   run_adamw_norm(table, norm);

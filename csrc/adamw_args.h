@@ -26,10 +26,10 @@ struct AdamwTensor {
 // The types of one parameter: several calls share a launch only where these agree.
 struct AdamwTypes {
   DType param, grad, moment;
-  bool quantized;  // the moments have 8 bits, and `moment` means nothing
+  bool quantized;  // the moments have 8 bits, whatever `moment` says
   bool remainder;  // master holds the 16 bits that the parameter lacks
   bool operator==(const AdamwTypes& o) const {
-    return param == o.param && grad == o.grad && (quantized ? o.quantized : !o.quantized && moment == o.moment) &&
+    return param == o.param && grad == o.grad && moment == o.moment && quantized == o.quantized &&
            remainder == o.remainder;
   }
 };

@@ -63,6 +63,10 @@ constexpr int64_t kGrain = 32768 / kAdamwBlock;  // blocks a thread takes at the
 
 }  // namespace
 
+bool adamw_has_kernel(const AdamwTypes&) {
+  return true;
+}
+
 void run_adamw_step(const AdamwTable& table, const AdamwCall& call, const AdamwDevice& device, const Tensor&) {
   const float* found_inf = adamw_scalar(device.found_inf);
   if (found_inf != nullptr && *found_inf != 0.0f) {

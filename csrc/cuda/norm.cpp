@@ -2,20 +2,13 @@
 #include "norm.h"
 
 #include "../norm.h"
+#include "stream.h"
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/macros.h>
 
 namespace fastllm {
 
 namespace {
-
-cudaStream_t current_stream(const Tensor& t) {
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
-}
 
 // Weight or bias, dense, in float or in the activations' type.
 MaybeTensor as_param(const MaybeTensor& t, ScalarType activations) {

@@ -31,6 +31,25 @@ def _supports(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Seque
     return None
 
 
+_CUDA_MIXES = (
+    # parameter, gradient, moments; csrc/cuda/adamw.cu compiles these, and 8-bit moments where parameter and gradient agree
+    *((dtype, dtype, dtype) for dtype in _KERNEL_DTYPES),
+    *((dtype, dtype, torch.uint8) for dtype in _KERNEL_DTYPES),
+    (torch.bfloat16, torch.bfloat16, torch.float32),
+    (torch.float16, torch.float16, torch.float32),
+    (torch.bfloat16, torch.float32, torch.float32),
+    (torch.float32, torch.float32, torch.bfloat16),
+)
+
+
+def _cuda_supports(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], *_) -> str | None:
+    for param, grad, exp_avg in zip(params, grads, exp_avgs, strict=True):
+        mix = param.dtype, grad.dtype, exp_avg.dtype
+        if mix not in _CUDA_MIXES:
+            return "not compiled for parameter {}, gradient {} and moments {}".format(*mix)
+    return None
+
+
 step_op = Op(
     "adamw_step(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, "
     "Tensor(e!)[] max_exp_avg_sqs, Tensor(f!)[] steps, Tensor(g!)[] masters, Tensor(h!)[] exp_avg_scales, "
@@ -39,7 +58,7 @@ step_op = Op(
     "bool stochastic, int seed) -> ()",
     reference=reference.adamw_step,
     fake=lambda *args: None,
-    backends=(compiled("CUDA", _supports), compiled("CPU", _supports)),
+    backends=(compiled("CUDA", _cuda_supports), compiled("CPU", _supports)),
 )
 _norm = Op(
     "adamw_norm(Tensor[] grads) -> Tensor",

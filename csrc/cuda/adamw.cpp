@@ -1,0 +1,77 @@
+// adamw on CUDA. Arithmetic: math/adamw.h; kernels: cuda/adamw.cu.
+#include "../adamw.h"
+
+#include "adamw.h"
+#include "stream.h"
+
+#include <torch/csrc/stable/accelerator.h>
+
+namespace fastllm {
+
+bool adamw_has_kernel(const AdamwTypes& types) {
+  return adamw_cuda_supports(types);
+}
+
+void run_adamw_step(const AdamwTable& table, const AdamwCall& call, const AdamwDevice& device, const Tensor& like) {
+  const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
+  const cudaStream_t stream = current_stream(like);
+  const int64_t count = static_cast<int64_t>(table.tensors.size());
+  std::vector<float> host_steps;
+  if (table.steps_on_host) {
+    // found_inf is null then: whoever keeps the steps on the host has to know it there.
+    for (const AdamwTensor& t : table.tensors) {
+      host_steps.push_back(*t.step += 1.0f);
+    }
+  }
+  constexpr int64_t kFloats = sizeof(AdamwScalars) / sizeof(float);
+  static_assert(sizeof(AdamwFactors) <= sizeof(AdamwScalars));
+  const Tensor scratch = empty_vector(like, (count + 1) * kFloats, ScalarType::Float);
+  auto* scalars = static_cast<AdamwScalars*>(scratch.mutable_data_ptr());
+  auto* factors = reinterpret_cast<AdamwFactors*>(scalars + count);
+  const AdamwInputs inputs{
+      adamw_scalar(device.grad_norm),
+      adamw_scalar(device.grad_scale),
+      adamw_scalar(device.found_inf),
+      adamw_scalar(device.lr),
+      device.max_norm};
+  launch_adamw_prepare(
+      table.tensors.data(), table.steps_on_host ? host_steps.data() : nullptr, count, call, inputs, scalars, factors,
+      stream);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  // One pass over the tensors for each mix of types among them; nearly always there is one.
+  std::vector<bool> done(count);
+  for (int64_t first = 0; first < count; ++first) {
+    if (done[first]) {
+      continue;
+    }
+    std::vector<int64_t> order;
+    for (int64_t i = first; i < count; ++i) {
+      if (!done[i] && table.types[i] == table.types[first]) {
+        done[i] = true;
+        order.push_back(i);
+      }
+    }
+    launch_adamw_step(
+        table.tensors.data(), order.data(), static_cast<int64_t>(order.size()), table.types[first], call,
+        device.grad_scale.has_value(), scalars, factors, stream);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+}
+
+void run_adamw_norm(const AdamwTable& table, const Tensor& norm) {
+  const torch::stable::accelerator::DeviceGuard guard(norm.get_device_index());
+  const int64_t count = static_cast<int64_t>(table.tensors.size());
+  const int64_t parts = adamw_norm_parts(table.tensors.data(), count);
+  const Tensor sums = empty_vector(norm, parts, ScalarType::Float);
+  launch_adamw_norm(
+      table.tensors.data(), table.types.data(), count, static_cast<float*>(sums.mutable_data_ptr()), parts,
+      static_cast<float*>(norm.mutable_data_ptr()), current_stream(norm));
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+}  // namespace fastllm
+
+STABLE_TORCH_LIBRARY_IMPL(fastllm, CUDA, m) {
+  m.impl("adamw_step", TORCH_BOX(&fastllm::adamw_step));
+  m.impl("adamw_norm", TORCH_BOX(&fastllm::adamw_norm));
+}

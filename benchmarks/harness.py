@@ -66,6 +66,8 @@ class Case:
         kwargs: fastllm's keyword arguments; the rivals know theirs.
         check: draws the arguments that correctness is checked on, where those of `args` are too large for float64.
         inference: the op has no gradient.
+        setup: for what is not a function of tensors: checks correctness and returns what to call, by name, with
+            "fastllm" and "eager" among them. `args` are then for `fastllm.explain` only.
     """
 
     op: str
@@ -79,6 +81,7 @@ class Case:
     kwargs: dict[str, Any] = field(default_factory=dict)
     check: Callable[[], tuple] | None = None
     inference: bool = False
+    setup: Callable[[], dict[str, Callable[[], Any]]] | None = None
 
 
 @dataclass
@@ -89,6 +92,7 @@ class Contender:
     prepare: Callable[[], Any]
     call: Callable[[Any], Any]
     seconds: list[float] = field(default_factory=list)
+    host_seconds: list[float] = field(default_factory=list)  # until the call returned, where `seconds` is a GPU's
 
 
 def _contender(name: str, fn: Callable, case: Case, args: tuple) -> Contender:
@@ -126,26 +130,45 @@ class Race:
 
     def __init__(self, case: Case, device: str, seconds: float):
         self.case, self.device = case, device
-        args = case.args()
-        op = functools.partial(getattr(ops, case.op), **case.kwargs) if case.kwargs else getattr(ops, case.op)
-        check = check_outputs if case.inference else check_op
-        check(op, case.rivals["eager"], args if case.check is None else case.check())
-        self.backend = fastllm.explain(op, *args).backend
-        torch.compiler.reset()  # a function compiled for another case would be compiled again with dynamic shapes
-        rivals = {**case.rivals, "torch.compile": torch.compile(case.rivals["eager"], fullgraph=True, dynamic=False)}
-        self.contenders = [_contender("fastllm", op, case, args)]
         self.skipped: dict[str, str] = {}
-        for name, fn in rivals.items():
-            try:
-                self.contenders.append(_contender(name, fn, case, args))
-            except Exception as error:  # a rival may fail in any way; say so and go on
-                self.skipped[name] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        self.contenders: list[Contender] = []
+        args = case.args()
+        self.backend = fastllm.explain(getattr(ops, case.op), *args, **case.kwargs).backend
+        torch.compiler.reset()  # a function compiled for another case would be compiled again with dynamic shapes
+        if case.setup is not None:
+            self._add_ready(case.setup())
+        else:
+            self._add_functions(case, args)
         self._turn = 0
         self._scratch = torch.empty(_flush_bytes(), dtype=torch.int8, device=device) if device == "cuda" else None
         started = time.perf_counter()
         self.round()
         self.round()
         self.rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, int(2 * seconds / (time.perf_counter() - started))))
+
+    def _try(self, name: str, make_contender: Callable[[], Contender]) -> None:
+        try:
+            self.contenders.append(make_contender())
+        except Exception as error:  # a rival may fail in any way; say so and go on
+            self.skipped[name] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+    def _add_ready(self, calls: dict[str, Callable[[], Any]]) -> None:
+        def ready(name: str, call: Callable[[], Any]) -> Contender:
+            call()  # compiles, and shows now rather than later what cannot run
+            return Contender(name, lambda: None, lambda _: call())
+
+        self.contenders.append(ready("fastllm", calls.pop("fastllm")))
+        for name, call in calls.items():
+            self._try(name, functools.partial(ready, name, call))
+
+    def _add_functions(self, case: Case, args: tuple) -> None:
+        op = functools.partial(getattr(ops, case.op), **case.kwargs) if case.kwargs else getattr(ops, case.op)
+        check = check_outputs if case.inference else check_op
+        check(op, case.rivals["eager"], args if case.check is None else case.check())
+        rivals = {**case.rivals, "torch.compile": torch.compile(case.rivals["eager"], fullgraph=True, dynamic=False)}
+        self.contenders.append(_contender("fastllm", op, case, args))
+        for name, fn in rivals.items():
+            self._try(name, functools.partial(_contender, name, fn, case, args))
 
     def round(self) -> None:
         """Times every contender once."""
@@ -171,7 +194,9 @@ class Race:
             self._scratch.zero_()
             torch.cuda._sleep(GPU_HEAD_START)
             start.record()
+            called = time.perf_counter()
             contender.call(prepared)
+            contender.host_seconds.append(time.perf_counter() - called)
             end.record()
             events.append((contender, start, end))
         torch.cuda.synchronize()
@@ -191,9 +216,15 @@ class Race:
             "target": case.target,
             "rounds": self.rounds,
             "others": None if math.isnan(others) else round(others, 3),
-            "contenders": {c.name: summary(c.seconds[-self.rounds :]) for c in self.contenders},
+            "contenders": {c.name: self._figures(c) for c in self.contenders},
             "skipped": self.skipped,
         }
+
+    def _figures(self, contender: Contender) -> dict[str, float]:
+        figures = summary(contender.seconds[-self.rounds :])
+        if contender.host_seconds:
+            figures["host_ms"] = summary(contender.host_seconds[-self.rounds :])["median_ms"]
+        return figures
 
 
 def summary(seconds: list[float]) -> dict[str, float]:

@@ -16,7 +16,7 @@ using TensorList = std::vector<Tensor>;
 struct AdamwTable {
   std::vector<AdamwTensor> tensors;
   std::vector<AdamwTypes> types;
-  bool steps_on_host = true;
+  bool steps_on_host = false;  // while the parameters are on a GPU
   TensorList kept;                                // copies that the table points to
   std::vector<std::pair<Tensor, Tensor>> copied;  // (original, copy): copied back after the step
 };
@@ -137,7 +137,7 @@ inline AdamwTable adamw_table(const AdamwLists& l, const std::vector<int64_t>& i
                                steps.scalar_type() == ScalarType::Float && steps.is_contiguous();
   STD_TORCH_CHECK(one_step_tensor || l.steps.size() == count, "fastllm: adamw: ", l.steps.size(), " steps for ", count);
   float* first_step = static_cast<float*>(steps.mutable_data_ptr());
-  table.steps_on_host = !steps.is_cuda();
+  table.steps_on_host = !same_device(steps, l.params[0]);
   for (size_t i = 0; i < count; ++i) {
     const Tensor& param = l.params[i];
     const Tensor* parts[] = {

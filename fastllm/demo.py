@@ -73,7 +73,13 @@ def compare(weights: dict[str, Tensor], config: GPTConfig, batches: data.Dataset
         model = GPT(replace(config, ops=ops))
         model.load_state_dict(weights)
         train = TrainConfig(
-            steps=WARMUP + rounds, batch_size=BATCH_SIZE, lr=COMPARE_LR, warmup=0, compile=compile, device="cpu"
+            steps=WARMUP + rounds,
+            batch_size=BATCH_SIZE,
+            lr=COMPARE_LR,
+            warmup=0,
+            optimizer=ops,
+            compile=compile,
+            device="cpu",
         )
         return Contender(name, Trainer(model, batches, train), backend)
 

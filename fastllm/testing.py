@@ -127,7 +127,22 @@ def _kvcache_sample(draw: Callable[..., Tensor]) -> tuple[tuple, dict[str, Any]]
     return (q, k, v, torch.tensor([4, 9], dtype=torch.int32, device=q.device)), {}
 
 
-_SAMPLES |= {"attention": _attention_sample, "attention_varlen": _varlen_sample, "attention_kvcache": _kvcache_sample}
+def _adamw_sample(draw: Callable[..., Tensor]) -> tuple[tuple, dict[str, Any]]:
+    lists = [[draw(3, 8), draw(5)] for _ in range(5)]
+    for second_moments in lists[3:]:
+        for v in second_moments:
+            v.abs_()
+    steps = [torch.ones((), device=p.device) for p in lists[0]]
+    hyper = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.1, "eps": 1e-8}
+    return (*lists, steps), hyper
+
+
+_SAMPLES |= {
+    "adamw": _adamw_sample,
+    "attention": _attention_sample,
+    "attention_varlen": _varlen_sample,
+    "attention_kvcache": _kvcache_sample,
+}
 
 
 def sample(

@@ -18,7 +18,8 @@ void run_adamw_step(const AdamwTable& table, const AdamwCall& call, const AdamwD
   const int64_t count = static_cast<int64_t>(table.tensors.size());
   std::vector<float> host_steps;
   if (table.steps_on_host) {
-    // found_inf is null then: whoever keeps the steps on the host has to know it there.
+    STD_TORCH_CHECK(
+        !device.found_inf.has_value(), "fastllm: adamw: with found_inf, state_steps must be on the parameters' device");
     for (const AdamwTensor& t : table.tensors) {
       host_steps.push_back(*t.step += 1.0f);
     }

@@ -1,8 +1,8 @@
 """Fused ops. Each takes the arguments of the torch function that it replaces."""
 
+from fastllm.ops.adamw import adamw
 from fastllm.ops.add_layer_norm import add_layer_norm
 from fastllm.ops.add_rms_norm import add_rms_norm
-from fastllm.ops.adamw import adamw
 from fastllm.ops.attention import attention
 from fastllm.ops.attention_kvcache import attention_kvcache
 from fastllm.ops.attention_varlen import attention_varlen
@@ -10,9 +10,9 @@ from fastllm.ops.layer_norm import layer_norm
 from fastllm.ops.rms_norm import rms_norm
 
 __all__ = [
+    "adamw",
     "add_layer_norm",
     "add_rms_norm",
-    "adamw",
     "attention",
     "attention_kvcache",
     "attention_varlen",

@@ -32,7 +32,7 @@ def _supports(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Seque
 
 
 _CUDA_MIXES = (
-    # parameter, gradient, moments; csrc/cuda/adamw.cu compiles these, and 8-bit moments where parameter and gradient agree
+    # parameter, gradient, moments; these are compiled in csrc/cuda/adamw.cu
     *((dtype, dtype, dtype) for dtype in _KERNEL_DTYPES),
     *((dtype, dtype, torch.uint8) for dtype in _KERNEL_DTYPES),
     (torch.bfloat16, torch.bfloat16, torch.float32),
@@ -150,7 +150,8 @@ def adamw(
         beta1, beta2, weight_decay, eps: as in the formula.
         maximize: go up instead of down.
         grad_scale: divide the gradients by this first, and store them so. float32, one element.
-        found_inf: do nothing at all if this is not zero. float32, one element.
+        found_inf: do nothing at all if this is not zero. float32, one element. On a GPU, state_steps must be there
+            too.
         grad_norm: clip: multiply the gradients by min(1, max_norm / (grad_norm + 1e-6)) on the way, without storing
             them. float32, one element. See `grad_norm`, the function; its gradients must have been divided by
             `grad_scale`.
@@ -166,7 +167,7 @@ def adamw(
         ValueError: for lists of different lengths, and for a tensor that does not fit its parameter in shape.
         TypeError: for one that does not fit in dtype.
     """
-    lists = {
+    lists: dict[str, Sequence[Tensor]] = {
         "grads": grads,
         "exp_avgs": exp_avgs,
         "exp_avg_sqs": exp_avg_sqs,
@@ -175,14 +176,13 @@ def adamw(
         "masters": masters,
         "exp_avg_scales": exp_avg_scales,
         "exp_avg_sq_scales": exp_avg_sq_scales,
-        "indices": indices,
     }
     required = ("grads", "exp_avgs", "exp_avg_sqs", "state_steps")
-    for name, values in lists.items():
+    for name, values in [*lists.items(), ("indices", indices)]:
         if len(values) != len(params) and (name in required or len(values)):
             raise ValueError(f"adamw: {name} has {len(values)} entries for {len(params)} parameters")
     for i, param in enumerate(params):
-        _check(i, param, {name: values[i] for name, values in lists.items() if values and name != "indices"})
+        _check(i, param, {name: values[i] for name, values in lists.items() if values})
     for name, value in {"grad_scale": grad_scale, "found_inf": found_inf, "grad_norm": grad_norm}.items():
         if value is not None and value.numel() != 1:
             raise ValueError(f"adamw: {name} must have one element, got shape {tuple(value.shape)}")
@@ -221,9 +221,8 @@ def _check(index: int, param: Tensor, parts: dict[str, Tensor]) -> None:
             shape = (-(-param.numel() // reference.BLOCK),)
         if name == "state_steps":
             if tensor.numel() != 1 or tensor.dtype != torch.float32:
-                raise ValueError(
-                    f"adamw: state_steps[{index}] must be one float32, got {tensor.dtype} of shape {tuple(tensor.shape)}"
-                )
+                found = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+                raise ValueError(f"adamw: state_steps[{index}] must be one float32, got {found}")
             continue
         if tuple(tensor.shape) != tuple(shape):
             raise ValueError(f"adamw: {name}[{index}] must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
@@ -233,8 +232,7 @@ def _check(index: int, param: Tensor, parts: dict[str, Tensor]) -> None:
             "exp_avgs": tensor.is_floating_point() or quantized,
             "exp_avg_sqs": tensor.dtype == parts["exp_avgs"].dtype,
             "max_exp_avg_sqs": tensor.dtype == parts["exp_avgs"].dtype,
-            "masters": tensor.dtype == torch.float32
-            or (tensor.dtype == torch.int16 and param.dtype == torch.bfloat16),
+            "masters": tensor.dtype == torch.float32 or (tensor.dtype == torch.int16 and param.dtype == torch.bfloat16),
         }.get(name, tensor.is_floating_point())
         if not allowed:
             raise TypeError(f"adamw: {name}[{index}] cannot be {tensor.dtype} for a parameter of {param.dtype}")

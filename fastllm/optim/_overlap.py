@@ -11,7 +11,7 @@ from torch import Tensor
 
 def _span(x: Tensor) -> tuple[int, int]:
     """The first element of its storage that a view touches, and the one after the last."""
-    offset = x.storage_offset()
+    offset = int(x.storage_offset())
     return offset, offset + 1 + sum(stride * (size - 1) for stride, size in zip(x.stride(), x.shape, strict=True))
 
 
@@ -24,24 +24,29 @@ def check_overlap(params: Sequence[Tensor]) -> None:
     for shared in by_storage.values():
         if len(shared) == 1 and 0 not in (stride for _, p in shared for stride in p.stride()):
             continue
-        spans = sorted((*_span(param), i) for i, param in shared)
-        nested = any(end > start for (_, end, _), (start, _, _) in zip(spans, spans[1:], strict=False))
+        furthest, nested = 0, False
+        for start, end in sorted(_span(param) for _, param in shared):
+            nested = nested or start < furthest
+            furthest = max(furthest, end)
         if nested or len(shared) == 1 or len({param.dtype for _, param in shared}) > 1:
             _count(shared)
 
 
 def _count(shared: list[tuple[int, Tensor]]) -> None:
-    # Views may interleave without sharing an element, so every byte is counted.
+    # Views may interleave without sharing an element, so every element (every byte, if their sizes differ) is counted.
     storage = shared[0][1].untyped_storage()
-    owner = torch.full((storage.nbytes(),), -1, dtype=torch.int32)
-    for i, param in shared:
-        width = param.element_size()
+    widths = {param.element_size() for _, param in shared}
+    unit = widths.pop() if len(widths) == 1 else 1
+    places = torch.arange(storage.nbytes() // unit)
+    taken = torch.zeros(len(places), dtype=torch.bool)
+    for number, (i, param) in enumerate(shared):
+        width = param.element_size() // unit
         size, stride = (*param.shape, width), (*(s * width for s in param.stride()), 1)
-        index = torch.arange(len(owner)).as_strided(size, stride, param.storage_offset() * width).flatten()
-        taken = owner[index]
-        if bool((taken >= 0).any()):
-            other = int(taken[taken >= 0][0])
-            raise ValueError(f"AdamW: parameters {other} and {i} overlap in memory")
-        owner[index] = i
-        if int((owner == i).sum()) < len(index):
+        index = places.as_strided(size, stride, param.storage_offset() * width).flatten()
+        if bool(taken[index].any()):
+            others = ", ".join(str(other) for other, _ in shared[:number])
+            raise ValueError(f"AdamW: parameter {i} of shape {tuple(param.shape)} overlaps one of {others} in memory")
+        before = int(taken.sum())
+        taken[index] = True
+        if int(taken.sum()) - before < len(index):
             raise ValueError(f"AdamW: parameter {i} of shape {tuple(param.shape)} overlaps itself in memory")

@@ -24,7 +24,7 @@ class Options(NamedTuple):
 
 
 def moment_dtype(param: Tensor, options: Options) -> torch.dtype:
-    if options.moment_dtype is not None:
+    if options.moment_dtype is not None and not param.is_complex():
         return options.moment_dtype
     return torch.float32 if options.master_weights and param.dtype in SHORT else param.dtype
 
@@ -32,9 +32,7 @@ def moment_dtype(param: Tensor, options: Options) -> torch.dtype:
 def lacks_master(param: Tensor, state: Mapping[str, Tensor], options: Options) -> bool:
     """Whether a master is wanted that is not there."""
     return (
-        options.master_weights is not None
-        and param.dtype in SHORT
-        and MASTER_KEYS[options.master_weights] not in state
+        options.master_weights is not None and param.dtype in SHORT and MASTER_KEYS[options.master_weights] not in state
     )
 
 
@@ -47,7 +45,7 @@ def fill(param: Tensor, state: dict[str, Tensor], options: Options) -> None:
         for name in ("exp_avg", "exp_avg_sq"):
             if dtype == torch.uint8:
                 state[f"{name}_code"] = torch.zeros_like(param, dtype=dtype)
-                blocks = -(-param.numel() * (2 if param.is_complex() else 1) // BLOCK)
+                blocks = -(-param.numel() // BLOCK)
                 state[f"{name}_scale"] = torch.zeros(blocks, dtype=torch.float32, device=param.device)
             else:
                 state[name] = torch.zeros_like(param, dtype=dtype)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import operator
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -48,8 +47,17 @@ class _Batch:
     special: bool
 
     def part(self, at: list[int]) -> _Batch:
-        lists = (self.params, self.grads, self.states, self.indices, self.tensors)
-        return _Batch(self.group, *([values[i] for i in at] for values in lists), self.special)
+        def some(values: list) -> list:
+            return [values[i] for i in at]
+
+        return replace(
+            self,
+            params=some(self.params),
+            grads=some(self.grads),
+            states=some(self.states),
+            indices=some(self.indices),
+            tensors=some(self.tensors),
+        )
 
     def get(self, key: str) -> list[Tensor]:
         return [_plain(state[key]) for state in self.states] if self.special else [s[key] for s in self.states]
@@ -129,9 +137,10 @@ class AdamW(torch.optim.AdamW):
         p <- p - lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
 
     The constructor, param_groups and state_dict are torch's, and checkpoints load in both directions. The arithmetic is
-    that of torch's per-tensor loop, in float32 whatever the parameters' dtype, and bit for bit the same on the CPU for
-    float32. Sources: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019; for 8-bit moments Dettmers
-    et al., "8-bit Optimizers via Block-wise Quantization", 2022.
+    in float32 whatever the parameters' dtype, in torch's order: for float32 on the CPU, bit for bit what torch's fused
+    kernel computes (its per-tensor loop rounds one root in 160 the other way). Sources: Loshchilov and Hutter,
+    "Decoupled Weight Decay Regularization", 2019; for 8-bit moments Dettmers et al., "8-bit Optimizers via Block-wise
+    Quantization", 2022.
 
     What a parameter costs, in bytes, beside its gradient:
 
@@ -155,12 +164,14 @@ class AdamW(torch.optim.AdamW):
     Args:
         params, lr, betas, eps, weight_decay, amsgrad, maximize, capturable: as torch's. A tensor lr on a GPU is read
             there, without a sync.
-        foreach, fused: accepted, and both run the same fused kernel; as in torch, `fused` (or `capturable`) keeps `step`
-            on the parameter's device. Without either, a GradScaler's verdict on infinities is waited for.
+        foreach, fused: accepted, and both run the same fused kernel; as in torch, `fused` (or `capturable`) keeps
+            `step` on the parameter's device. Without either, a GradScaler's verdict on infinities is waited for.
         differentiable: refused; use torch.optim.AdamW.
         max_norm: clip the norm of all gradients together to this, as `torch.nn.utils.clip_grad_norm_` before the step
             does, but on the way: the gradients are read once for the norm, and not written. The norm before clipping
-            is in `grad_norm` after the step. Default: no clipping.
+            is in `grad_norm` after the step; infinity only measures it. Default: neither.
+        skip_nonfinite: with max_norm, a step whose norm is infinite or NaN changes nothing. Whoever wants to know looks
+            at `grad_norm`.
         master_weights: for parameters of 16 bits. "float32" keeps what they are rounded from, under state key "master";
             "remainder" keeps only the 16 bits that rounding to bfloat16 took, under "remainder": bit for bit the same
             training at half the memory. Both round to the nearest bfloat16, ties away from zero (so that the two
@@ -199,6 +210,7 @@ class AdamW(torch.optim.AdamW):
         differentiable: bool = False,
         fused: bool | None = None,
         max_norm: float | None = None,
+        skip_nonfinite: bool = False,
         master_weights: str | None = None,
         stochastic_rounding: bool = False,
         moment_dtype: torch.dtype | None = None,
@@ -206,8 +218,10 @@ class AdamW(torch.optim.AdamW):
     ) -> None:
         if differentiable:
             raise ValueError("AdamW: differentiable=True needs torch.optim.AdamW: a fused step has no gradient")
-        if max_norm is not None and not 0 < max_norm < math.inf:
-            raise ValueError(f"AdamW: max_norm must be positive and finite, or None, got {max_norm}")
+        if max_norm is not None and not max_norm > 0:
+            raise ValueError(f"AdamW: max_norm must be positive, or None, got {max_norm}")
+        if skip_nonfinite and max_norm is None:
+            raise ValueError("AdamW: skip_nonfinite needs max_norm (math.inf only measures the norm)")
         if master_weights not in (None, "float32", "remainder"):
             raise ValueError(f"AdamW: master_weights must be None, 'float32' or 'remainder', got {master_weights!r}")
         if stochastic_rounding and master_weights:
@@ -216,6 +230,7 @@ class AdamW(torch.optim.AdamW):
         if moment_dtype not in allowed:
             raise ValueError(f"AdamW: moment_dtype must be one of {allowed}, got {moment_dtype}")
         self.max_norm = max_norm
+        self.skip_nonfinite = skip_nonfinite
         self.master_weights = master_weights
         self.stochastic_rounding = stochastic_rounding
         self.moment_dtype = moment_dtype
@@ -261,8 +276,9 @@ class AdamW(torch.optim.AdamW):
                 raise ValueError(
                     "AdamW: master_weights='remainder' is for bfloat16 parameters, got torch.float16: use 'float32'"
                 )
-            if self.moment_dtype == torch.uint8 and isinstance(param, _dtensor()):
-                raise ValueError("AdamW: moment_dtype=torch.uint8 cannot be kept for a DTensor: its blocks are local")
+            if self.moment_dtype == torch.uint8 and (isinstance(param, _dtensor()) or param.is_complex()):
+                what = "complex numbers" if param.is_complex() else "a DTensor: its blocks are local"
+                raise ValueError(f"AdamW: moment_dtype=torch.uint8 cannot be kept for {what}")
         if group["amsgrad"] and self.moment_dtype == torch.uint8:
             raise ValueError("AdamW: moment_dtype=torch.uint8 does not go with amsgrad")
         if group["differentiable"]:
@@ -277,7 +293,8 @@ class AdamW(torch.optim.AdamW):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("max_norm", "master_weights", "stochastic_rounding", "moment_dtype", "seed", "grad_norm", "_loading")
+        kept = ("max_norm", "skip_nonfinite", "master_weights", "stochastic_rounding", "moment_dtype", "seed")
+        kept += ("grad_norm", "_loading")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -292,8 +309,8 @@ class AdamW(torch.optim.AdamW):
                     self.state[param] = _state.adopt(param, self._loading["state"][number], self._options(group))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's. Takes checkpoints of torch.optim.AdamW, and of this one with other options: moments are converted,
-        and masters that are missing start from the parameters, so load those first."""
+        """As torch's. Takes checkpoints of torch.optim.AdamW, and of this one with other options: moments are
+        converted, and masters that are missing start from the parameters at the next step."""
 
         def remember(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
             self._loading = state_dict
@@ -317,7 +334,11 @@ class AdamW(torch.optim.AdamW):
         Returns:
             What the closure returned, else None.
         """
-        self._accelerator_graph_capture_health_check()
+        # Named after CUDA in older versions of torch.
+        for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):
+            if hasattr(self, name):
+                getattr(self, name)()
+                break
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -330,6 +351,9 @@ class AdamW(torch.optim.AdamW):
         norm = None
         if self.max_norm is not None and batches:
             norm = self.grad_norm = _total_norm(batches, grad_scale)
+            if self.skip_nonfinite:
+                bad = (~norm.isfinite()).float()
+                found_inf = bad if found_inf is None else bad + found_inf.to(bad.device)
         for batch in batches:
             self._run(batch, norm, grad_scale, found_inf)
         return loss
@@ -373,9 +397,7 @@ class AdamW(torch.optim.AdamW):
             self._shared_steps[batch.indices[0]] = kept, views
         return [kept]
 
-    def _run(
-        self, batch: _Batch, norm: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None
-    ) -> None:
+    def _run(self, batch: _Batch, norm: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         group, device = batch.group, batch.tensors[0].device
         steps = self._steps(batch)
         quantized = self.moment_dtype == torch.uint8

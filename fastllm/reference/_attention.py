@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastllm.reference._philox import philox
 
+
 def dropout(seed: Tensor, rate: float, batch: int, heads: int, seq_q: int, seq_k: int, first_batch: int = 0) -> Tensor:
     """Z, (batch, heads, seq_q, seq_k): kept where 24 random bits reach rate * 2^24."""
 

@@ -5,7 +5,7 @@
     v <- b2 v + (1 - b2) g^2                             u = v, or with amsgrad the largest v so far
     p <- p - lr / (1 - b1^t) m / (sqrt(u) / sqrt(1 - b2^t) + eps)
 
-Computed in float32, or in float64 for float64 parameters, in the order of torch's own per-tensor loop; what is stored is
+Computed in float32, or in float64 for float64 parameters, in the order of torch's own kernels; what is stored is
 rounded to its dtype. csrc/math/adamw.h says how the low-precision variants keep their bits.
 """
 
@@ -54,6 +54,8 @@ def adamw_step(
         return
     if lr_tensor is not None:
         lr = lr_tensor.item()
+    if any(grad.layout != torch.strided for grad in grads):
+        raise RuntimeError("AdamW does not support sparse gradients; consider torch.optim.SparseAdam")
     sign = -1.0 if maximize else 1.0
     if len(steps) == 1:
         steps = list(steps[0].view(-1).unbind())
@@ -106,9 +108,9 @@ def adamw_step(
             layout.write(exp_avgs[i], m)
             layout.write(exp_avg_sqs[i], v)
         if master is not None:
-            weight, rest = split(p) if param.dtype == torch.bfloat16 else (p, None)
+            weight, remainder = split(p) if param.dtype == torch.bfloat16 else (p, p)
             layout.write(param, weight)
-            layout.write(master, rest if master.dtype == torch.int16 else p)
+            layout.write(master, remainder if master.dtype == torch.int16 else p)
         elif stochastic and param.dtype in (torch.bfloat16, torch.float16):
             random = random_bits(p.numel(), seed, indices[i] if indices else i, int(t), p.device)
             layout.write(param, (round_bfloat16 if param.dtype == torch.bfloat16 else round_half)(p, random))

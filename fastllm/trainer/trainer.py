@@ -17,6 +17,7 @@ from fastllm._extras import require
 from fastllm.data import Dataset, SequentialWindows, decode, encode
 from fastllm.models import GPT
 from fastllm.models.gpt import IGNORE
+from fastllm.optim import AdamW
 from fastllm.trainer import checkpoint
 from fastllm.trainer.log import MetricsLog
 from fastllm.trainer.schedule import warmup_cosine
@@ -37,6 +38,7 @@ class TrainConfig:
         weight_decay: of matrices; vectors (norms and biases) are not decayed.
         beta1, beta2, eps: AdamW's.
         clip: largest norm of all gradients together; 0 does not clip.
+        optimizer: "fastllm" for fastllm.optim.AdamW, "torch" for torch.optim.AdamW and clip_grad_norm_.
         precision: "float32", or "bfloat16" by autocast, weights staying in float32.
         eval_every, checkpoint_every, sample_every: in steps; 0 is never. Validation and a checkpoint also come last.
         eval_batches: batches a validation; 0 takes all.
@@ -62,6 +64,7 @@ class TrainConfig:
     beta2: float = 0.95
     eps: float = 1e-8
     clip: float = 1.0
+    optimizer: str = "fastllm"
     precision: str = "float32"
     eval_every: int = 100
     eval_batches: int = 0
@@ -88,6 +91,8 @@ class TrainConfig:
         for name in ("min_lr_ratio", "beta1", "beta2"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"TrainConfig: {name} must be in [0, 1], got {getattr(self, name)}")
+        if self.optimizer not in ("fastllm", "torch"):
+            raise ValueError(f"TrainConfig: optimizer must be 'fastllm' or 'torch', got {self.optimizer!r}")
         if self.precision not in ("float32", "bfloat16"):
             raise ValueError(f"TrainConfig: precision must be 'float32' or 'bfloat16', got {self.precision!r}")
 
@@ -110,13 +115,23 @@ def resolve_device(name: str) -> torch.device:
 
 
 def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW with weight decay on matrices only."""
+    """AdamW with weight decay on matrices only: fastllm's, which also clips, or torch's fused one."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    if config.optimizer == "torch":
+        return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    return AdamW(
+        groups,
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=True,
+        max_norm=config.clip or math.inf,
+        skip_nonfinite=True,
+    )
 
 
 def _autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -228,7 +243,15 @@ class Trainer:
                 loss = self.forward(self._to_device(inputs), self._to_device(targets), reduction="sum") / tokens
             loss.backward()
             total += loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip or math.inf)
+        fused = isinstance(self.optimizer, AdamW)
+        if isinstance(self.optimizer, AdamW):
+            # Clips on the way, and does nothing for a norm or a loss that is not finite: no wait for them before it.
+            self.optimizer.found_inf = (~total.isfinite()).float()  # as a GradScaler would say it
+            self.optimizer.step()
+            del self.optimizer.found_inf
+            norm = self.optimizer.grad_norm
+        else:
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip or math.inf)
         loss_value, norm_value = torch.stack((total, norm)).tolist()
         if not math.isfinite(loss_value) or not math.isfinite(norm_value):
             self.optimizer.zero_grad()
@@ -236,7 +259,8 @@ class Trainer:
                 f"step {self.step + 1}: loss {loss_value}, gradient norm {norm_value}; training stopped with the "
                 f"weights of step {self.step}. A lower learning rate ({rate:.3g} here) or a longer warm-up may help."
             )
-        self.optimizer.step()
+        if not fused:
+            self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
         return {"loss": loss_value, "learning_rate": rate, "grad_norm": norm_value, "tokens": tokens}

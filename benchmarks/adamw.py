@@ -1,0 +1,153 @@
+"""A step of fastllm.optim.AdamW against torch.optim.AdamW: its default, fused, and compiled.
+
+Per parameter: read p, g, m and v, write p, m and v. Clipping reads g once more. Operations are counted from the formula
+in `reference/adamw.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastllm.benchmarks.harness import Case, dtype_name
+from fastllm.optim import AdamW
+from fastllm.testing import assert_within_budget, make, sample
+
+FLOPS = 15
+
+
+def parameters(count: int, size: int, dtype: torch.dtype, device: str) -> list[Tensor]:
+    found = []
+    for i in range(count):
+        param = make((size,), dtype, device, seed=i).requires_grad_()
+        param.grad = make((size,), dtype, device, seed=10_000 + i)
+        found.append(param)
+    return found
+
+
+def check(dtype: torch.dtype, device: str, max_norm: float | None, options: dict[str, Any]) -> None:
+    """Three steps within the error budget of torch's, with the moments in the same dtype, against float64."""
+    stock = {"moment_dtype": options["moment_dtype"]} if options.get("moment_dtype") == torch.float32 else {}
+    results = []
+    for kind in ("ours", "truth", "eager"):
+        exact = kind == "truth"
+        params = parameters(3, 1001, dtype, device)
+        if exact:
+            params = [p.detach().double().requires_grad_() for p in params]
+        optimizer = AdamW(params, max_norm=max_norm, **options) if kind == "ours" else torch.optim.AdamW(params)
+        for seed in range(3):
+            for i, p in enumerate(params):
+                p.grad = make(p.shape, dtype, device, seed=100 * seed + i).to(p.dtype)
+            if kind != "ours" and max_norm is not None:
+                torch.nn.utils.clip_grad_norm_(params, max_norm)
+            optimizer.step()
+        results.append([p.detach() for p in params])
+    if not options or stock:
+        for ours, truth, eager in zip(*results, strict=True):
+            assert_within_budget(ours, truth, eager, name="parameter")
+
+
+def setup(
+    count: int, size: int, dtype: torch.dtype, device: str, max_norm: float | None, options: dict[str, Any]
+) -> dict[str, Callable[[], Any]]:
+    check(dtype, device, max_norm, options)
+    make_parameters = functools.partial(parameters, count, size, dtype, device)
+
+    def stock(compiled: bool = False, **kwargs) -> Callable[[], Any]:
+        params = make_parameters()
+        optimizer = torch.optim.AdamW(params, **kwargs)
+
+        def step() -> None:
+            if max_norm is not None:
+                torch.nn.utils.clip_grad_norm_(params, max_norm)
+            optimizer.step()
+
+        return torch.compile(step) if compiled else step
+
+    calls = {
+        "fastllm": AdamW(make_parameters(), fused=device == "cuda", max_norm=max_norm, **options).step,
+        "eager": stock(),
+        "torch fused": stock(fused=True),
+    }
+    if count == 1:  # 2,000 tensors take it minutes
+        calls["torch.compile"] = stock(compiled=True, **({"capturable": True} if device == "cuda" else {}))
+    return calls
+
+
+def case(
+    device: str,
+    count: int,
+    size: int,
+    dtype: torch.dtype,
+    *,
+    max_norm: float | None = None,
+    label: str = "",
+    extra_bytes: float = 0,
+    target: str = "",
+    **options: Any,
+) -> Case:
+    """`extra_bytes` a parameter: what the options move beyond weight, gradient and moments of the weight's dtype."""
+    args, hyper = sample("adamw", device, dtype)
+    moved = 7 * dtype.itemsize + extra_bytes + (dtype.itemsize if max_norm is not None else 0)
+    shape = f"{count}x{size:,}".replace(",", "") if size < 2**20 else f"{count}x{size >> 20}M"
+    return Case(
+        op="adamw",
+        name=f"{dtype_name(dtype)} {shape}" + (" clipped" if max_norm is not None else "") + label,
+        direction="forward",
+        args=lambda: args,
+        kwargs=hyper,
+        rivals={},
+        bytes=int(moved * count * size),
+        flops=FLOPS * count * size,
+        target=target,
+        inference=True,
+        setup=functools.partial(setup, count, size, dtype, device, max_norm, options),
+    )
+
+
+def cases(device: str, quick: bool) -> list[Case]:
+    if device == "cpu":
+        million = 2**20
+        found = [
+            case("cpu", 1, 32 * million, torch.float32, target="0.95x torch fused, 4x eager"),
+            case("cpu", 1, 32 * million, torch.bfloat16, target="1.25x torch fused"),
+            case("cpu", 2000, 1024, torch.float32, target="3x torch fused"),
+            case("cpu", 1, 32 * million, torch.float32, max_norm=1.0, target="1.25x torch fused"),
+        ]
+        return found[:1] if quick else found
+    # 16 bytes a parameter in float32, four contenders.
+    memory = torch.cuda.get_device_properties().total_memory if torch.cuda.is_available() else 0
+    size = 2**30 if memory > 100 * 2**30 else 2**28
+    goal = "85% of copy"
+    found = [
+        case(device, 1, size, torch.float32, target=f"{goal}, 1x torch fused"),
+        case(device, 1, size, torch.bfloat16, target=f"{goal}, 1.3x torch fused"),
+        case(
+            device,
+            1,
+            size,
+            torch.bfloat16,
+            label=" fp32 moments",
+            extra_bytes=8,
+            target=goal,
+            moment_dtype=torch.float32,
+        ),
+        case(
+            device,
+            1,
+            size,
+            torch.bfloat16,
+            label=" remainder, fp32 moments",
+            extra_bytes=12,
+            target=goal,
+            master_weights="remainder",
+        ),
+        case(device, 1, size, torch.bfloat16, label=" 8-bit moments", extra_bytes=-4, moment_dtype=torch.uint8),
+        case(device, 2000, 1024, torch.float32, target="2x torch fused"),
+        case(device, 1, size, torch.float32, max_norm=1.0),
+    ]
+    return found[:1] if quick else found

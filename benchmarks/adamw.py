@@ -18,6 +18,7 @@ from fastllm.optim import AdamW
 from fastllm.testing import assert_within_budget, make, sample
 
 FLOPS = 15
+HYPER = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "weight_decay": 1e-2, "eps": 1e-8}  # torch's defaults
 
 
 def parameters(count: int, size: int, dtype: torch.dtype, device: str) -> list[Tensor]:
@@ -91,15 +92,14 @@ def case(
     **options: Any,
 ) -> Case:
     """`extra_bytes` a parameter: what the options move beyond weight, gradient and moments of the weight's dtype."""
-    args, hyper = sample("adamw", device, dtype)
     moved = 7 * dtype.itemsize + extra_bytes + (dtype.itemsize if max_norm is not None else 0)
     shape = f"{count}x{size:,}".replace(",", "") if size < 2**20 else f"{count}x{size >> 20}M"
     return Case(
         op="adamw",
         name=f"{dtype_name(dtype)} {shape}" + (" clipped" if max_norm is not None else "") + label,
         direction="forward",
-        args=lambda: args,
-        kwargs=hyper,
+        args=lambda: sample("adamw", device, dtype)[0],
+        kwargs=HYPER,
         rivals={},
         bytes=int(moved * count * size),
         flops=FLOPS * count * size,

@@ -5,6 +5,7 @@
 #include "adamw_args.h"
 #include "tensor.h"
 
+#include <cstring>
 #include <string>
 #include <utility>
 #include <vector>
@@ -15,8 +16,6 @@ using TensorList = std::vector<Tensor>;
 
 struct AdamwTable {
   std::vector<AdamwTensor> tensors;
-  std::vector<AdamwTypes> types;
-  bool steps_on_host = false;  // while the parameters are on a GPU
   TensorList kept;                                // copies that the table points to
   std::vector<std::pair<Tensor, Tensor>> copied;  // (original, copy): copied back after the step
 };
@@ -25,13 +24,25 @@ struct AdamwTable {
 struct AdamwDevice {
   MaybeTensor grad_norm, grad_scale, found_inf, lr;
   float max_norm;
+  bool steps_apart;  // the steps are on the host, the parameters on a GPU
+};
+
+struct AdamwTensors {
+  const AdamwTensor* data;
+  int64_t count;
+  const AdamwTensor* begin() const {
+    return data;
+  }
+  const AdamwTensor* end() const {
+    return data + count;
+  }
 };
 
 // What cpu/adamw.cpp and cuda/adamw.cpp implement, each in its own shared object.
 bool adamw_has_kernel(const AdamwTypes& types);
-void run_adamw_step(const AdamwTable& table, const AdamwCall& call, const AdamwDevice& device, const Tensor& like);
+void run_adamw_step(AdamwTensors tensors, const AdamwCall& call, const AdamwDevice& device, const Tensor& like);
 // Writes the norm of all the tensors' gradients, whose other pointers are null, to one float.
-void run_adamw_norm(const AdamwTable& table, const Tensor& norm);
+void run_adamw_norm(AdamwTensors tensors, const Tensor& norm);
 
 inline const float* adamw_scalar(const MaybeTensor& t) {
   return t.has_value() ? static_cast<const float*>(t->const_data_ptr()) : nullptr;
@@ -96,8 +107,16 @@ class AdamwReader {
 inline void check_adamw(bool ok, const char* what, size_t index, const Tensor& got, const Tensor& param) {
   if (!ok) {
     STD_TORCH_CHECK(
-        false, "fastllm: adamw: ", what, " ", index, " of shape ", to_string(got), " does not fit its parameter of shape ",
-        to_string(param), " in shape, dtype or device");
+        false,
+        "fastllm: adamw: ",
+        what,
+        " ",
+        index,
+        " of shape ",
+        to_string(got),
+        " does not fit its parameter of shape ",
+        to_string(param),
+        " in shape, dtype or device");
   }
 }
 
@@ -114,7 +133,8 @@ inline bool is_moment_dtype(ScalarType dtype) {
 inline bool adamw_supported(const TensorList& params, const TensorList& grads, const TensorList& exp_avgs) {
   for (size_t i = 0; i < params.size(); ++i) {
     if (!is_kernel_dtype(params[i].scalar_type()) || !is_kernel_dtype(grads[i].scalar_type()) ||
-        !is_moment_dtype(exp_avgs[i].scalar_type()) || !adamw_has_kernel(adamw_types(params[i], grads[i], exp_avgs[i]))) {
+        !is_moment_dtype(exp_avgs[i].scalar_type()) ||
+        !adamw_has_kernel(adamw_types(params[i], grads[i], exp_avgs[i]))) {
       return false;
     }
   }
@@ -130,14 +150,6 @@ inline AdamwTable adamw_table(const AdamwLists& l, const std::vector<int64_t>& i
   AdamwTable table;
   const size_t count = l.params.size();
   table.tensors.reserve(count);
-  table.types.reserve(count);
-  // One tensor may hold the steps of all parameters.
-  const Tensor& steps = l.steps[0];
-  const bool one_step_tensor = l.steps.size() == 1 && steps.numel() == static_cast<int64_t>(count) &&
-                               steps.scalar_type() == ScalarType::Float && steps.is_contiguous();
-  STD_TORCH_CHECK(one_step_tensor || l.steps.size() == count, "fastllm: adamw: ", l.steps.size(), " steps for ", count);
-  float* first_step = static_cast<float*>(steps.mutable_data_ptr());
-  table.steps_on_host = !same_device(steps, l.params[0]);
   for (size_t i = 0; i < count; ++i) {
     const Tensor& param = l.params[i];
     const Tensor* parts[] = {
@@ -156,9 +168,10 @@ inline AdamwTable adamw_table(const AdamwLists& l, const std::vector<int64_t>& i
       }
       const Tensor& t = *parts[part];
       const auto dtype = t.scalar_type();
-      const bool of_type = part == 0 || (part < 4 ? dtype == moment
-                                                  : dtype == ScalarType::Float || (dtype == ScalarType::Short &&
-                                                        param.scalar_type() == ScalarType::BFloat16));
+      const bool of_type =
+          part == 0 || (part < 4 ? dtype == moment
+                                 : dtype == ScalarType::Float ||
+                                       (dtype == ScalarType::Short && param.scalar_type() == ScalarType::BFloat16));
       check_adamw(of_type && same_shape(t, param) && same_device(t, param), names[part], i, t, param);
       as_they_lie = as_they_lie && same_order(t, param);
     }
@@ -168,6 +181,7 @@ inline AdamwTable adamw_table(const AdamwLists& l, const std::vector<int64_t>& i
     AdamwReader read(table, as_they_lie);
     AdamwTensor t{};
     t.numel = param.numel();
+    t.mark = kAdamwMark;
     t.index = static_cast<uint32_t>(indices.empty() ? i : indices[i]);
     t.param = read(param, true);
     t.grad = read(*parts[0], write_grads);
@@ -175,16 +189,15 @@ inline AdamwTable adamw_table(const AdamwLists& l, const std::vector<int64_t>& i
     t.exp_avg_sq = read(*parts[2], true);
     t.max_exp_avg_sq = parts[3] == nullptr ? nullptr : read(*parts[3], true);
     t.master = parts[4] == nullptr ? nullptr : read(*parts[4], true);
-    if (one_step_tensor) {
-      t.step = first_step + i;
-    } else {
-      const Tensor& step = l.steps[i];
-      check_adamw(
-          step.scalar_type() == ScalarType::Float && step.numel() == 1 && same_device(step, steps) &&
-              (!step.is_cuda() || same_device(step, param)),
-          "step", i, step, param);
-      t.step = static_cast<float*>(step.mutable_data_ptr());
-    }
+    const Tensor& step = l.steps[i];
+    check_adamw(
+        step.scalar_type() == ScalarType::Float && step.numel() == 1 && same_device(step, l.steps[0]) &&
+            (!step.is_cuda() || same_device(step, param)),
+        "step",
+        i,
+        step,
+        param);
+    t.step = static_cast<float*>(step.mutable_data_ptr());
     if (quantized) {
       const Tensor* scales[] = {&l.exp_avg_scales[i], &l.exp_avg_sq_scales[i]};
       for (const Tensor* scale : scales) {
@@ -195,11 +208,54 @@ inline AdamwTable adamw_table(const AdamwLists& l, const std::vector<int64_t>& i
       t.exp_avg_scale = static_cast<float*>(scales[0]->mutable_data_ptr());
       t.exp_avg_sq_scale = static_cast<float*>(scales[1]->mutable_data_ptr());
     }
+    t.types = adamw_types(param, l.grads[i], l.exp_avgs[i]);
+    t.types.remainder = parts[4] != nullptr && parts[4]->scalar_type() == ScalarType::Short;
     table.tensors.push_back(t);
-    table.types.push_back(adamw_types(param, l.grads[i], l.exp_avgs[i]));
-    table.types.back().remainder = parts[4] != nullptr && parts[4]->scalar_type() == ScalarType::Short;
   }
   return table;
+}
+
+// What is the same for every parameter of a call, as the ops pass it.
+struct AdamwScalarsOfCall {
+  double lr, beta1, beta2, weight_decay, eps, max_norm;
+  bool maximize, stochastic;
+  int64_t seed;
+};
+
+inline void check_lists(const AdamwLists& l, const std::vector<int64_t>& indices) {
+  const size_t count = l.params.size();
+  auto fits = [&](const TensorList& list, bool optional) { return list.size() == count || (optional && list.empty()); };
+  STD_TORCH_CHECK(
+      fits(l.grads, false) && fits(l.exp_avgs, false) && fits(l.exp_avg_sqs, false) && fits(l.max_exp_avg_sqs, true) &&
+          fits(l.steps, false) && fits(l.masters, true) && fits(l.exp_avg_scales, true) &&
+          fits(l.exp_avg_sq_scales, true) && (indices.empty() || indices.size() == count),
+      "fastllm: adamw: lists of different lengths for ",
+      count,
+      " parameters");
+  for (size_t i = 0; i < count && (l.exp_avg_scales.empty() || l.exp_avg_sq_scales.empty()); ++i) {
+    STD_TORCH_CHECK(
+        l.exp_avgs[i].scalar_type() != ScalarType::Byte, "fastllm: adamw: exp_avg ", i, " lacks its scales");
+  }
+}
+
+inline void run_adamw(
+    AdamwTensors tensors,
+    const Tensor& like,
+    const MaybeTensor& grad_norm,
+    const MaybeTensor& grad_scale,
+    const MaybeTensor& found_inf,
+    const MaybeTensor& lr_tensor,
+    const AdamwScalarsOfCall& s,
+    bool steps_apart) {
+  for (const MaybeTensor* t : {&grad_norm, &grad_scale, &found_inf, &lr_tensor}) {
+    STD_TORCH_CHECK(
+        !t->has_value() || ((*t)->scalar_type() == ScalarType::Float && (*t)->numel() == 1 && same_device(**t, like)),
+        "fastllm: adamw: grad_norm, grad_scale, found_inf and lr must be one float32 on the parameters' device");
+  }
+  const AdamwCall call{
+      {s.lr, s.beta1, s.beta2, s.weight_decay, s.eps}, s.maximize, s.stochastic, static_cast<uint64_t>(s.seed)};
+  run_adamw_step(
+      tensors, call, {grad_norm, grad_scale, found_inf, lr_tensor, static_cast<float>(s.max_norm), steps_apart}, like);
 }
 
 inline void adamw_step(
@@ -229,40 +285,119 @@ inline void adamw_step(
   if (params.empty()) {
     return;
   }
-  const size_t count = params.size();
-  auto fits = [&](const TensorList& list, bool optional) { return list.size() == count || (optional && list.empty()); };
-  STD_TORCH_CHECK(
-      fits(grads, false) && fits(exp_avgs, false) && fits(exp_avg_sqs, false) && fits(max_exp_avg_sqs, true) &&
-          !steps.empty() && fits(masters, true) && fits(exp_avg_scales, true) && fits(exp_avg_sq_scales, true) &&
-          (indices.empty() || indices.size() == count),
-      "fastllm: adamw: lists of different lengths for ",
-      count,
-      " parameters");
+  const AdamwLists lists{
+      params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, masters, exp_avg_scales, exp_avg_sq_scales};
+  check_lists(lists, indices);
   if (!adamw_supported(params, grads, exp_avgs)) {
-    call_fallback<0>("adamw_step", params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, masters,
-                     exp_avg_scales, exp_avg_sq_scales, grad_norm, grad_scale, found_inf, lr_tensor, indices, lr, beta1,
-                     beta2, weight_decay, eps, max_norm, maximize, stochastic, seed);
+    call_fallback<0>(
+        "adamw_step",
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        max_exp_avg_sqs,
+        steps,
+        masters,
+        exp_avg_scales,
+        exp_avg_sq_scales,
+        grad_norm,
+        grad_scale,
+        found_inf,
+        lr_tensor,
+        indices,
+        lr,
+        beta1,
+        beta2,
+        weight_decay,
+        eps,
+        max_norm,
+        maximize,
+        stochastic,
+        seed);
     return;
   }
-  for (size_t i = 0; i < count && exp_avg_scales.empty(); ++i) {
-    STD_TORCH_CHECK(exp_avgs[i].scalar_type() != ScalarType::Byte, "fastllm: adamw: exp_avg ", i, " lacks its scales");
-  }
-  for (const MaybeTensor* t : {&grad_norm, &grad_scale, &found_inf, &lr_tensor}) {
-    STD_TORCH_CHECK(
-        !t->has_value() || ((*t)->scalar_type() == ScalarType::Float && (*t)->numel() == 1 && same_device(**t, params[0])),
-        "fastllm: adamw: grad_norm, grad_scale, found_inf and lr must be one float32 on the parameters' device");
-  }
-  const AdamwTable table = adamw_table(
-      {params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, masters, exp_avg_scales, exp_avg_sq_scales},
-      indices,
-      grad_scale.has_value());
-  const AdamwCall call{{lr, beta1, beta2, weight_decay, eps}, maximize, stochastic, static_cast<uint64_t>(seed)};
-  const AdamwDevice device{grad_norm, grad_scale, found_inf, lr_tensor, static_cast<float>(max_norm)};
-  run_adamw_step(table, call, device, params[0]);
+  const AdamwTable table = adamw_table(lists, indices, grad_scale.has_value());
+  run_adamw(
+      {table.tensors.data(), static_cast<int64_t>(table.tensors.size())},
+      params[0],
+      grad_norm,
+      grad_scale,
+      found_inf,
+      lr_tensor,
+      {lr, beta1, beta2, weight_decay, eps, max_norm, maximize, stochastic, seed},
+      !same_device(steps[0], params[0]));
   for (const auto& [original, copy] : table.copied) {
     Tensor target = original;
     torch::stable::copy_(target, copy);
   }
+}
+
+// The table of a call, for steps to come, as an int64 tensor on the CPU with a row for each parameter; empty if these
+// tensors have no kernel, or cannot be read as they lie. It holds pointers: whoever keeps it must see to it that no
+// tensor has moved before each use.
+inline Tensor adamw_table_of(
+    const TensorList& params,
+    const TensorList& grads,
+    const TensorList& exp_avgs,
+    const TensorList& exp_avg_sqs,
+    const TensorList& max_exp_avg_sqs,
+    const TensorList& steps,
+    const TensorList& masters,
+    const TensorList& exp_avg_scales,
+    const TensorList& exp_avg_sq_scales,
+    const std::vector<int64_t>& indices) {
+  const AdamwLists lists{
+      params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, masters, exp_avg_scales, exp_avg_sq_scales};
+  check_lists(lists, indices);
+  AdamwTable table;
+  if (adamw_supported(params, grads, exp_avgs)) {
+    table = adamw_table(lists, indices, true);
+  }
+  if (!table.kept.empty()) {
+    table = {};
+  }
+  const int64_t size[] = {static_cast<int64_t>(table.tensors.size()), sizeof(AdamwTensor) / sizeof(int64_t)};
+  const Tensor rows = torch::stable::empty(
+      {size, 2}, ScalarType::Long, std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU));
+  if (!table.tensors.empty()) {
+    std::memcpy(rows.mutable_data_ptr(), table.tensors.data(), table.tensors.size() * sizeof(AdamwTensor));
+  }
+  return rows;
+}
+
+// adamw_step for a table that is still true. `like` is one of the parameters.
+inline void adamw_table_step(
+    const Tensor& like,
+    const Tensor& rows,
+    const MaybeTensor& grad_norm,
+    const MaybeTensor& grad_scale,
+    const MaybeTensor& found_inf,
+    const MaybeTensor& lr_tensor,
+    bool steps_apart,
+    double lr,
+    double beta1,
+    double beta2,
+    double weight_decay,
+    double eps,
+    double max_norm,
+    bool maximize,
+    bool stochastic,
+    int64_t seed) {
+  STD_TORCH_CHECK(
+      rows.scalar_type() == ScalarType::Long && rows.is_contiguous() && !rows.is_cuda() && rows.dim() == 2 &&
+          rows.size(1) * sizeof(int64_t) == sizeof(AdamwTensor) && rows.size(0) > 0 &&
+          static_cast<const AdamwTensor*>(rows.const_data_ptr())->mark == kAdamwMark,
+      "fastllm: adamw_table_step: not a table of adamw_table: shape ",
+      to_string(rows));
+  run_adamw(
+      {static_cast<const AdamwTensor*>(rows.const_data_ptr()), rows.size(0)},
+      like,
+      grad_norm,
+      grad_scale,
+      found_inf,
+      lr_tensor,
+      {lr, beta1, beta2, weight_decay, eps, max_norm, maximize, stochastic, seed},
+      steps_apart);
 }
 
 inline Tensor adamw_norm(const TensorList& grads) {
@@ -278,12 +413,11 @@ inline Tensor adamw_norm(const TensorList& grads) {
     AdamwTensor t{};
     t.numel = grad.numel();
     t.grad = read(grad, false);
-    const DType dtype = dtype_of(grad);
+    t.types.grad = dtype_of(grad);
     table.tensors.push_back(t);
-    table.types.push_back({dtype, dtype, dtype, false, false});
   }
   const Tensor norm = torch::stable::new_empty(grads[0], {}, ScalarType::Float);
-  run_adamw_norm(table, norm);
+  run_adamw_norm({table.tensors.data(), static_cast<int64_t>(table.tensors.size())}, norm);
   return norm;
 }
 

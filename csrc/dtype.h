@@ -1,8 +1,10 @@
 // The element types that kernels compute.
 #pragma once
 
+#include <cstdint>
+
 namespace fastllm {
 
-enum class DType { kFloat, kBFloat16, kHalf };
+enum class DType : uint8_t { kFloat, kBFloat16, kHalf };
 
 }  // namespace fastllm

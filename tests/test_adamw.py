@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 
 import bindings
@@ -14,8 +15,8 @@ from torch.optim.adamw import adamw as torch_adamw
 
 import fastllm
 from fastllm import _ext, ops
+from fastllm.ops.adamw import TABLE_GRAD, dequantize, grad_norm, join, make_table, quantize, split, step_op, table_step
 from fastllm.ops.adamw import _norm as norm_op
-from fastllm.ops.adamw import dequantize, grad_norm, join, quantize, split, step_op
 from fastllm.reference import adamw as reference
 from fastllm.testing import LAYOUTS, make
 
@@ -206,19 +207,50 @@ def test_misaligned(binding, dtype, offsets):
 
 
 @pytest.mark.parametrize("binding", bindings.NAMES)
-def test_thousands_of_tensors_and_one_tensor_of_steps(binding):
-    """More than one launch holds; the steps may come as one tensor."""
-    shapes = [(1 + i % 9,) for i in range(2500)]
+def test_thousands_of_tensors(binding):
+    """More than one launch holds."""
+    compare(binding, dtype=torch.float32, shapes=[(1 + i % 9,) for i in range(2500)], steps=2)
+
+
+@pytest.mark.parametrize("options", [{}, {"master": "remainder", "moment_dtype": torch.uint8}], ids=str)
+@pytest.mark.parametrize("binding", bindings.NAMES)
+def test_a_table_does_what_the_lists_do(binding, options):
+    scalars = (None, None, None, None)
+    hyper = (*HYPER.values(), 0.0, False, False, 0)
     with bindings.bound(binding) as device:
-        got, expected = State(torch.float32, shapes=shapes, device=device), State(torch.float32, shapes=shapes)
-        got.steps = [torch.zeros(2500, device=device)]
-        lists = (got.params, [g.to(device) for g in expected.grads(1)], *got.moments, [], got.steps, [], [], [])
-        step_op(*lists, None, None, None, None, [], *HYPER.values(), 0.0, False, False, 0)
-        assert bool((got.steps[0] == 1).all())
-        got.steps = list(got.steps[0].unbind())
-    with fastllm.use_backend("reference"):
-        expected.step(expected.grads(1))
-    assert_same(got, expected, binding)
+        call, call_step = make_table, table_step
+        if binding == "cuda-emulated":
+            key = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+            call = functools.partial(make_table.redispatch, key)
+            call_step = functools.partial(table_step.redispatch, key)
+        got, expected = (State(torch.bfloat16, device=device, **options) for _ in range(2))
+        grads = got.grads(0)
+        lists = (got.params, grads, *got.moments, got.largest, got.steps, got.masters, *got.scales)
+        rows = call(*lists, [])
+        assert rows.shape[0] == len(got.params)
+        for seed in range(3):
+            for grad, new in zip(grads, got.grads(seed), strict=True):
+                grad.copy_(new)
+            call_step(got.params[0], rows, *scalars, False, *hyper)
+            expected.step(expected.grads(seed))
+        assert_same(got, expected)
+        # A gradient elsewhere: its column.
+        moved = [g.clone() for g in got.grads(3)]
+        rows[:, TABLE_GRAD] = torch.tensor([g.data_ptr() for g in moved])
+        call_step(got.params[0], rows, *scalars, False, *hyper)
+        expected.step(expected.grads(3))
+        assert_same(got, expected)
+        # No table for what has to be copied first.
+        strided = [make(p.shape, p.dtype, device, layout="strided") if p.numel() > 1 else p for p in got.params]
+        assert call(strided, *lists[1:], []).shape[0] == 0
+
+
+@bindings.needs_kernels
+def test_a_table_step_refuses_other_tensors():
+    param = torch.zeros(3)
+    for rows in (torch.zeros(1, 11), torch.zeros(1, 12, dtype=torch.long), torch.zeros(11, dtype=torch.long)):
+        with pytest.raises(RuntimeError, match="not a table"):
+            table_step(param, rows, None, None, None, None, False, *HYPER.values(), 0.0, False, False, 0)
 
 
 @pytest.mark.parametrize("order", [0, 1, 2])

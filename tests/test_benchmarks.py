@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import importlib
 import json
 import math
@@ -21,7 +22,7 @@ import torch
 from fastllm import cli, ops
 
 pytest.importorskip("pytest_benchmark")
-from fastllm.benchmarks import _norm, harness, report, suite
+from fastllm.benchmarks import _norm, adamw, harness, report, suite
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("add_layer_norm", "add_rms_norm", "layer_norm", "rms_norm")
@@ -53,7 +54,20 @@ def test_every_op_has_cases_for_every_device():
             assert {case.op for case in found} == {op}
             assert len({case.name for case in found}) == len(found), "names tell cases apart"
             assert {case.name for case in quick} < {case.name for case in found}
-            assert all("eager" in case.rivals for case in found)
+            assert all("eager" in case.rivals or case.setup is not None for case in found)
+
+
+def test_a_case_that_sets_itself_up():
+    """An optimizer is no function of tensors: its contenders come ready to be called."""
+    case = adamw.case("cpu", 3, 1000, torch.bfloat16, max_norm=1.0)
+    assert case.bytes == 3 * 1000 * (7 + 1) * 2
+    race = harness.Race(case, "cpu", 0.01)
+    race.round()
+    figures = race.result(0.0)["contenders"]
+    assert set(figures) == {"fastllm", "eager", "torch fused"}
+    assert race.backend in ("cpu", "reference")
+    race = harness.Race(dataclasses.replace(case, setup=lambda: {"fastllm": list, "bad": lambda: 1 / 0}), "cpu", 0.01)
+    assert "ZeroDivisionError" in race.skipped["bad"]
 
 
 def test_bytes_and_operations_are_those_of_the_formulas():

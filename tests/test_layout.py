@@ -73,7 +73,7 @@ ALLOWED = {
     "reference": set(),
     "ops": {"backends", "reference", "kernels"},
     "nn": {"ops"},
-    "optim": {"ops"},
+    "optim": {"ops", "backends"},
     "models": {"nn", "ops"},
     "data": {"_extras"},
     "trainer": {"models", "data", "optim", "backends", "_extras", "_version"},

@@ -747,6 +747,60 @@ def test_state_that_was_replaced_is_used():
     assert_equal(params, other)
 
 
+def test_whatever_moves_between_steps_is_found():
+    """The kernels' table is kept from step to step; everything that it points to is moved in turn."""
+    lists = [
+        [torch.nn.Parameter(torch.randn(6, 8, generator=torch.Generator().manual_seed(i))) for i in range(5)]
+        for _ in range(2)
+    ]
+    kept = []  # so that no address comes back by chance
+    optimizer, reference = AdamW(lists[0], amsgrad=True), AdamW(lists[1], amsgrad=True)
+
+    def move(seed: int, param: torch.nn.Parameter) -> None:
+        state = optimizer.state[param]
+        if seed == 1:
+            param.data = param.data.clone()
+        elif seed in (2, 3, 4):
+            key = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[seed - 2]
+            state[key].data = state[key].data.clone()
+        elif seed == 5:
+            state["step"].data = state["step"].data.clone()
+        elif seed == 6:
+            state["exp_avg"] = state["exp_avg"].clone()
+        elif seed == 7:
+            param.grad = param.grad.t().contiguous().t()  # another order of the same numbers
+        elif seed == 8:
+            storage = param.grad
+            storage.set_(storage.untyped_storage(), 0, (6, 8), (1, 6))  # another order at the same address
+            param.grad.copy_(torch.randn(6, 8, generator=torch.Generator().manual_seed(77)))
+        elif seed == 9:
+            param.data = param.data.t().contiguous().t()
+
+    for seed in range(12):
+        set_grads(seed, *lists)
+        if seed and seed < 10:
+            kept += [t for p in lists[0] for t in (p.data, p.grad, *optimizer.state[p].values())]
+            for param in lists[0][1:4]:
+                move(seed, param)
+            if seed == 8:
+                for a, b in zip(*lists, strict=True):
+                    b.grad.copy_(a.grad)
+        optimizer.step()
+        with fastllm.use_backend("reference"):
+            reference.step()
+        assert_equal(*lists)
+
+
+def test_small_states_share_memory_and_large_ones_do_not():
+    params = [torch.nn.Parameter(torch.randn(n)) for n in (3, 1000, 2**17, 70)]
+    optimizer = AdamW(params)
+    run(optimizer, range(1))
+    storages = [optimizer.state[p]["exp_avg"].untyped_storage().data_ptr() for p in params]
+    assert storages[0] == storages[1] == storages[3] != storages[2]
+    for p in params:
+        assert optimizer.state[p]["exp_avg"].data_ptr() % 64 == 0
+
+
 # Errors
 
 

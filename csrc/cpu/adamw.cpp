@@ -27,10 +27,10 @@ const AdamwBlocks& blocks_kernel() {
 // is one huge tensor or thousands of small ones.
 class Blocks {
  public:
-  explicit Blocks(const AdamwTable& table) : table_(table) {
-    first_.reserve(table.tensors.size() + 1);
+  explicit Blocks(AdamwTensors tensors) : tensors_(tensors) {
+    first_.reserve(tensors.count + 1);
     first_.push_back(0);
-    for (const AdamwTensor& t : table.tensors) {
+    for (const AdamwTensor& t : tensors) {
       first_.push_back(first_.back() + (t.numel + kAdamwBlock - 1) / kAdamwBlock);
     }
   }
@@ -39,23 +39,21 @@ class Blocks {
     return first_.back();
   }
 
-  // Calls f(tensor, begin, end) for each tensor's elements among the blocks [begin, end).
+  // Calls f(tensor's number, begin, end) for each tensor's elements among the blocks [begin, end).
   template <class F>
   void for_each(int64_t begin, int64_t end, F f) const {
     size_t i = std::upper_bound(first_.begin(), first_.end(), begin) - first_.begin() - 1;
     for (; begin < end; ++i) {
       const int64_t stop = std::min(end, first_[i + 1]);
       if (begin < stop) {
-        f(i,
-          (begin - first_[i]) * kAdamwBlock,
-          std::min(table_.tensors[i].numel, (stop - first_[i]) * kAdamwBlock));
+        f(i, (begin - first_[i]) * kAdamwBlock, std::min(tensors_.data[i].numel, (stop - first_[i]) * kAdamwBlock));
         begin = stop;
       }
     }
   }
 
  private:
-  const AdamwTable& table_;
+  AdamwTensors tensors_;
   std::vector<int64_t> first_;
 };
 
@@ -67,7 +65,7 @@ bool adamw_has_kernel(const AdamwTypes&) {
   return true;
 }
 
-void run_adamw_step(const AdamwTable& table, const AdamwCall& call, const AdamwDevice& device, const Tensor&) {
+void run_adamw_step(AdamwTensors tensors, const AdamwCall& call, const AdamwDevice& device, const Tensor&) {
   const float* found_inf = adamw_scalar(device.found_inf);
   if (found_inf != nullptr && *found_inf != 0.0f) {
     return;
@@ -85,37 +83,37 @@ void run_adamw_step(const AdamwTable& table, const AdamwCall& call, const AdamwD
     factors.grad_scale = *scale;
   }
   std::vector<AdamwScalars> scalars;
-  scalars.reserve(table.tensors.size());
-  for (const AdamwTensor& t : table.tensors) {
+  scalars.reserve(tensors.count);
+  for (const AdamwTensor& t : tensors) {
     *t.step += 1.0f;
     // Most often all parameters are at the same step.
     const bool known = !scalars.empty() && scalars.back().step == *t.step;
     scalars.push_back(known ? scalars.back() : adamw_scalars(hyper, *t.step));
   }
   const AdamwBlocks& kernel = blocks_kernel();
-  const Blocks blocks(table);
+  const Blocks blocks(tensors);
   torch::stable::parallel_for(0, blocks.count(), kGrain, [&](int64_t begin, int64_t end) {
     blocks.for_each(begin, end, [&](size_t i, int64_t first, int64_t last) {
-      kernel.step(table.tensors[i], table.types[i], call, scalars[i], factors, first, last);
+      kernel.step(tensors.data[i], call, scalars[i], factors, first, last);
     });
   });
 }
 
-void run_adamw_norm(const AdamwTable& table, const Tensor& norm) {
+void run_adamw_norm(AdamwTensors tensors, const Tensor& norm) {
   // Sums of a fixed number of blocks, added in order: neither the threads' number nor their timing matters.
   const AdamwBlocks& kernel = blocks_kernel();
-  const Blocks blocks(table);
+  const Blocks blocks(tensors);
   const int64_t parts = (blocks.count() + kGrain - 1) / kGrain;
   std::vector<double> sums(parts);
   torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
-      blocks.for_each(part * kGrain, std::min(blocks.count(), (part + 1) * kGrain),
-                      [&](size_t i, int64_t first, int64_t last) {
-                        const DType dtype = table.types[i].grad;
-                        const char* grad = static_cast<const char*>(table.tensors[i].grad);
-                        const int64_t size = dtype == DType::kFloat ? 4 : 2;
-                        sums[part] += kernel.square_sum(grad + first * size, dtype, last - first);
-                      });
+      blocks.for_each(
+          part * kGrain, std::min(blocks.count(), (part + 1) * kGrain), [&](size_t i, int64_t first, int64_t last) {
+            const DType dtype = tensors.data[i].types.grad;
+            const char* grad = static_cast<const char*>(tensors.data[i].grad);
+            const int64_t size = dtype == DType::kFloat ? 4 : 2;
+            sums[part] += kernel.square_sum(grad + first * size, dtype, last - first);
+          });
     }
   });
   double total = 0.0;
@@ -130,4 +128,6 @@ void run_adamw_norm(const AdamwTable& table, const Tensor& norm) {
 STABLE_TORCH_LIBRARY_IMPL(fastllm, CPU, m) {
   m.impl("adamw_step", TORCH_BOX(&fastllm::adamw_step));
   m.impl("adamw_norm", TORCH_BOX(&fastllm::adamw_norm));
+  m.impl("adamw_table", TORCH_BOX(&fastllm::adamw_table_of));
+  m.impl("adamw_table_step", TORCH_BOX(&fastllm::adamw_table_step));
 }

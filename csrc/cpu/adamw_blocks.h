@@ -14,8 +14,8 @@ struct AdamwFactors {
 
 struct AdamwBlocks {
   // Elements [begin, end); begin is a multiple of kAdamwBlock.
-  void (*step)(const AdamwTensor&, const AdamwTypes&, const AdamwCall&, const AdamwScalars&, const AdamwFactors&,
-               int64_t begin, int64_t end);
+  void (*step)(
+      const AdamwTensor&, const AdamwCall&, const AdamwScalars&, const AdamwFactors&, int64_t begin, int64_t end);
   // The sum of squares of n elements.
   double (*square_sum)(const void* grad, DType dtype, int64_t n);
 };

@@ -12,15 +12,15 @@ bool adamw_has_kernel(const AdamwTypes& types) {
   return adamw_cuda_supports(types);
 }
 
-void run_adamw_step(const AdamwTable& table, const AdamwCall& call, const AdamwDevice& device, const Tensor& like) {
+void run_adamw_step(AdamwTensors tensors, const AdamwCall& call, const AdamwDevice& device, const Tensor& like) {
   const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
   const cudaStream_t stream = current_stream(like);
-  const int64_t count = static_cast<int64_t>(table.tensors.size());
+  const int64_t count = tensors.count;
   std::vector<float> host_steps;
-  if (table.steps_on_host) {
+  if (device.steps_apart) {
     STD_TORCH_CHECK(
         !device.found_inf.has_value(), "fastllm: adamw: with found_inf, state_steps must be on the parameters' device");
-    for (const AdamwTensor& t : table.tensors) {
+    for (const AdamwTensor& t : tensors) {
       host_steps.push_back(*t.step += 1.0f);
     }
   }
@@ -36,8 +36,7 @@ void run_adamw_step(const AdamwTable& table, const AdamwCall& call, const AdamwD
       adamw_scalar(device.lr),
       device.max_norm};
   launch_adamw_prepare(
-      table.tensors.data(), table.steps_on_host ? host_steps.data() : nullptr, count, call, inputs, scalars, factors,
-      stream);
+      tensors.data, device.steps_apart ? host_steps.data() : nullptr, count, call, inputs, scalars, factors, stream);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   // One pass over the tensors for each mix of types among them; nearly always there is one.
   std::vector<bool> done(count);
@@ -47,26 +46,36 @@ void run_adamw_step(const AdamwTable& table, const AdamwCall& call, const AdamwD
     }
     std::vector<int64_t> order;
     for (int64_t i = first; i < count; ++i) {
-      if (!done[i] && table.types[i] == table.types[first]) {
+      if (!done[i] && tensors.data[i].types == tensors.data[first].types) {
         done[i] = true;
         order.push_back(i);
       }
     }
     launch_adamw_step(
-        table.tensors.data(), order.data(), static_cast<int64_t>(order.size()), table.types[first], call,
-        device.grad_scale.has_value(), scalars, factors, stream);
+        tensors.data,
+        order.data(),
+        static_cast<int64_t>(order.size()),
+        call,
+        device.grad_scale.has_value(),
+        scalars,
+        factors,
+        stream);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 }
 
-void run_adamw_norm(const AdamwTable& table, const Tensor& norm) {
+void run_adamw_norm(AdamwTensors tensors, const Tensor& norm) {
   const torch::stable::accelerator::DeviceGuard guard(norm.get_device_index());
-  const int64_t count = static_cast<int64_t>(table.tensors.size());
-  const int64_t parts = adamw_norm_parts(table.tensors.data(), count);
+  const int64_t count = tensors.count;
+  const int64_t parts = adamw_norm_parts(tensors.data, count);
   const Tensor sums = empty_vector(norm, parts, ScalarType::Float);
   launch_adamw_norm(
-      table.tensors.data(), table.types.data(), count, static_cast<float*>(sums.mutable_data_ptr()), parts,
-      static_cast<float*>(norm.mutable_data_ptr()), current_stream(norm));
+      tensors.data,
+      count,
+      static_cast<float*>(sums.mutable_data_ptr()),
+      parts,
+      static_cast<float*>(norm.mutable_data_ptr()),
+      current_stream(norm));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
@@ -75,4 +84,6 @@ void run_adamw_norm(const AdamwTable& table, const Tensor& norm) {
 STABLE_TORCH_LIBRARY_IMPL(fastllm, CUDA, m) {
   m.impl("adamw_step", TORCH_BOX(&fastllm::adamw_step));
   m.impl("adamw_norm", TORCH_BOX(&fastllm::adamw_norm));
+  m.impl("adamw_table", TORCH_BOX(&fastllm::adamw_table_of));
+  m.impl("adamw_table_step", TORCH_BOX(&fastllm::adamw_table_step));
 }

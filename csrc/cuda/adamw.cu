@@ -13,7 +13,8 @@ namespace fastllm {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kVec = 8;  // elements a thread takes at a time: one counter of random numbers, and 16 bytes of 16-bit ones
+constexpr int kVec =
+    8;  // elements a thread takes at a time: one counter of random numbers, and 16 bytes of 16-bit ones
 constexpr int kStride = kThreads * kVec;
 constexpr int kSteps = 4;
 constexpr int64_t kChunk = kStride * kSteps;
@@ -262,8 +263,7 @@ struct Moment {
   Raw<T> raw;
   float scale;
 
-  __device__ __forceinline__ void load(
-      const void* base, const float* scales, int64_t offset, bool vector, int count) {
+  __device__ __forceinline__ void load(const void* base, const float* scales, int64_t offset, bool vector, int count) {
     raw.load(static_cast<const T*>(base) + offset, vector, count);
     if constexpr (sizeof(T) == 1) {
       scale = count > 0 ? scales[offset / kAdamwBlock] : 0.0f;
@@ -626,8 +626,15 @@ void launch_adamw_prepare(
   for (int64_t first = 0; first < count; first += kPrepared) {
     Prepare prepare;
     PrepareHeader& header = prepare.header;
-    header = {call.hyper, inputs, scalars + first, factors, call.maximize ? -1.0f : 1.0f, 0, host_steps != nullptr,
-              first == 0};
+    header = {
+        call.hyper,
+        inputs,
+        scalars + first,
+        factors,
+        call.maximize ? -1.0f : 1.0f,
+        0,
+        host_steps != nullptr,
+        first == 0};
     header.count = static_cast<int32_t>(count - first < kPrepared ? count - first : kPrepared);
     for (int i = 0; i < header.count; ++i) {
       if (host_steps != nullptr) {
@@ -644,12 +651,12 @@ void launch_adamw_step(
     const AdamwTensor* tensors,
     const int64_t* order,
     int64_t count,
-    const AdamwTypes& types,
     const AdamwCall& call,
     bool unscale,
     const AdamwScalars* scalars,
     const AdamwFactors* factors,
     cudaStream_t stream) {
+  const AdamwTypes& types = tensors[order[0]].types;
   const Kernel kernel = find_kernel(types);
   const int moment_bytes = types.quantized ? 1 : bytes(types.moment);
   Launch args;
@@ -670,15 +677,25 @@ void launch_adamw_step(
     if (args.header.count == kEntries || total + chunks(t.numel) > 0x7fffffff) {
       flush();
     }
-    const uint32_t flags = (aligned(t.param, bytes(types.param)) ? kParam : 0) |
-                           (aligned(t.grad, bytes(types.grad)) ? kGrad : 0) |
-                           (aligned(t.exp_avg, moment_bytes) ? kExpAvg : 0) |
-                           (aligned(t.exp_avg_sq, moment_bytes) ? kExpAvgSq : 0) |
-                           (aligned(t.max_exp_avg_sq, moment_bytes) ? kMax : 0) |
-                           (aligned(t.master, types.remainder ? 2 : 4) ? kMaster : 0);
+    const uint32_t flags =
+        (aligned(t.param, bytes(types.param)) ? kParam : 0) | (aligned(t.grad, bytes(types.grad)) ? kGrad : 0) |
+        (aligned(t.exp_avg, moment_bytes) ? kExpAvg : 0) | (aligned(t.exp_avg_sq, moment_bytes) ? kExpAvgSq : 0) |
+        (aligned(t.max_exp_avg_sq, moment_bytes) ? kMax : 0) |
+        (aligned(t.master, types.remainder ? 2 : 4) ? kMaster : 0);
     args.entries[args.header.count++] = {
-        t.param, t.grad, t.exp_avg, t.exp_avg_sq, t.max_exp_avg_sq, t.master, t.exp_avg_scale, t.exp_avg_sq_scale,
-        t.numel, static_cast<int32_t>(total), t.index, flags, static_cast<int32_t>(order[i])};
+        t.param,
+        t.grad,
+        t.exp_avg,
+        t.exp_avg_sq,
+        t.max_exp_avg_sq,
+        t.master,
+        t.exp_avg_scale,
+        t.exp_avg_sq_scale,
+        t.numel,
+        static_cast<int32_t>(total),
+        t.index,
+        flags,
+        static_cast<int32_t>(order[i])};
     total += chunks(t.numel);
   }
   flush();
@@ -693,13 +710,7 @@ int64_t adamw_norm_parts(const AdamwTensor* tensors, int64_t count) {
 }
 
 void launch_adamw_norm(
-    const AdamwTensor* tensors,
-    const AdamwTypes* types,
-    int64_t count,
-    float* parts,
-    int64_t part_count,
-    float* norm,
-    cudaStream_t stream) {
+    const AdamwTensor* tensors, int64_t count, float* parts, int64_t part_count, float* norm, cudaStream_t stream) {
   Norm args;
   args.header = {parts, 0};
   int64_t total = 0;
@@ -720,8 +731,11 @@ void launch_adamw_norm(
       flush();
     }
     args.entries[args.header.count++] = {
-        t.grad, t.numel, static_cast<int32_t>(total), static_cast<int16_t>(types[i].grad),
-        static_cast<int16_t>(aligned(t.grad, bytes(types[i].grad)))};
+        t.grad,
+        t.numel,
+        static_cast<int32_t>(total),
+        static_cast<int16_t>(t.types.grad),
+        static_cast<int16_t>(aligned(t.grad, bytes(t.types.grad)))};
     total += chunks(t.numel);
   }
   flush();

@@ -52,7 +52,6 @@ void launch_adamw_step(
     const AdamwTensor* tensors,
     const int64_t* order,
     int64_t count,
-    const AdamwTypes& types,
     const AdamwCall& call,
     bool unscale,
     const AdamwScalars* scalars,
@@ -64,12 +63,6 @@ int64_t adamw_norm_parts(const AdamwTensor* tensors, int64_t count);
 
 // Enqueues the partial sums of squares of gradients of any mix of types, and then their root's.
 void launch_adamw_norm(
-    const AdamwTensor* tensors,
-    const AdamwTypes* types,
-    int64_t count,
-    float* parts,
-    int64_t part_count,
-    float* norm,
-    cudaStream_t stream);
+    const AdamwTensor* tensors, int64_t count, float* parts, int64_t part_count, float* norm, cudaStream_t stream);
 
 }  // namespace fastllm

@@ -70,13 +70,14 @@ FASTLLM_HOST_DEVICE void adamw_update(AdamwElement<Ops>& e, typename Ops::F grad
   // As torch.lerp: from the nearer end.
   e.exp_avg = s.lerp < 0.5f ? Ops::fma(Ops::splat(s.lerp), difference, e.exp_avg)
                             : Ops::fma(Ops::splat(s.lerp - 1.0f), difference, grad);
-  e.exp_avg_sq =
-      Ops::fma(Ops::mul(Ops::splat(s.square), grad), grad, Ops::mul(e.exp_avg_sq, Ops::splat(s.beta2)));
+  e.exp_avg_sq = Ops::fma(Ops::mul(Ops::splat(s.square), grad), grad, Ops::mul(e.exp_avg_sq, Ops::splat(s.beta2)));
   F square = e.exp_avg_sq;
   if constexpr (kAmsgrad) {
     // A NaN stays, as in torch.maximum.
-    square = e.max_exp_avg_sq = Ops::select(e.max_exp_avg_sq >= square, e.max_exp_avg_sq,
-                                            Ops::select(e.max_exp_avg_sq != e.max_exp_avg_sq, e.max_exp_avg_sq, square));
+    square = e.max_exp_avg_sq = Ops::select(
+        e.max_exp_avg_sq >= square,
+        e.max_exp_avg_sq,
+        Ops::select(e.max_exp_avg_sq != e.max_exp_avg_sq, e.max_exp_avg_sq, square));
   }
   const F denominator = Ops::add(Ops::div(Ops::sqrt(square), Ops::splat(s.correction2)), Ops::splat(s.eps));
   e.param = Ops::add(e.param, Ops::div(Ops::mul(Ops::splat(s.step_size), e.exp_avg), denominator));
@@ -153,9 +154,9 @@ template <class Ops, bool kSigned>
 FASTLLM_HOST_DEVICE typename Ops::F adamw_decode(typename Ops::U code) {
   const auto k = kSigned ? Ops::select(code > 128u, code - 128u, code) : code + 1u;
   const auto bits = Ops::bits(Ops::from_int(k));
-  const auto exponent = (bits >> 23) - 127u;                                        // of k: i or i + 1
+  const auto exponent = (bits >> 23) - 127u;  // of k: i or i + 1
   const auto fraction = Ops::sub(Ops::value((bits & 0x7fffffu) | 0x3f800000u), Ops::splat(1.0f));
-  const auto half_part = Ops::value((126u - exponent) << 23);                        // 2^-exponent / 2
+  const auto half_part = Ops::value((126u - exponent) << 23);  // 2^-exponent / 2
   auto scale = Ops::splat(1e-6f);
   constexpr float kScales[] = {1e-5f, 1e-4f, 1e-3f, 1e-2f, 1e-1f, 1.0f};
   for (uint32_t i = 0; i < 6; ++i) {

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastllm.backends import Op, compiled
+from fastllm.backends import LIBRARY, Op, compiled
 from fastllm.reference import adamw as reference
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -68,6 +68,28 @@ _norm = Op(
     ),
     backends=(compiled("CUDA", _norm_supports), compiled("CPU", _norm_supports)),
 )
+
+
+# For the optimizer, C++ only: the addresses of all tensors of a step as a table, an int64 tensor on the CPU that is
+# empty where the kernels cannot read them as they lie, and the step for a table that was made before and is still true.
+# `like` is any of the parameters. A table names tensors by address, so the schemas cannot say what is written: whoever
+# traces calls `step_op`.
+LIBRARY.define(
+    "adamw_table(Tensor[] params, Tensor[] grads, Tensor[] exp_avgs, Tensor[] exp_avg_sqs, Tensor[] max_exp_avg_sqs, "
+    "Tensor[] steps, Tensor[] masters, Tensor[] exp_avg_scales, Tensor[] exp_avg_sq_scales, int[] indices) -> Tensor"
+)
+LIBRARY.define(
+    "adamw_table_step(Tensor(a!) like, Tensor table, Tensor? grad_norm, Tensor? grad_scale, Tensor? found_inf, "
+    "Tensor? lr_tensor, bool steps_apart, float lr, float beta1, float beta2, float weight_decay, float eps, "
+    "float max_norm, bool maximize, bool stochastic, int seed) -> ()"
+)
+make_table, table_step = torch.ops.fastllm.adamw_table.default, torch.ops.fastllm.adamw_table_step.default
+TABLE_GRAD = 1  # the column of the gradients' addresses
+
+
+def has_tables(device: torch.device) -> bool:
+    """Whether the kernels of this device are there."""
+    return device.type.upper() in step_op.built
 
 
 BLOCK = reference.BLOCK

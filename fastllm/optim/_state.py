@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastllm.ops.adamw import BLOCK, dequantize, join, quantize, split
 
+SMALL = 2**16  # elements
 SHORT = (torch.bfloat16, torch.float16)
 MASTER_KEYS = {"float32": "master", "remainder": "remainder"}
 
@@ -36,26 +37,49 @@ def lacks_master(param: Tensor, state: Mapping[str, Tensor], options: Options) -
     )
 
 
-def fill(param: Tensor, state: dict[str, Tensor], options: Options) -> None:
+def fill(params: Sequence[Tensor], states: Sequence[dict[str, Tensor]], options: Options) -> None:
     """Adds what is missing, as it is before the first step. Everything but step and scales is laid out like `param`."""
-    if "step" not in state:
-        device = param.device if options.step_on_device else "cpu"
-        state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-        dtype = moment_dtype(param, options)
-        for name in ("exp_avg", "exp_avg_sq"):
-            if dtype == torch.uint8:
-                state[f"{name}_code"] = torch.zeros_like(param, dtype=dtype)
-                blocks = -(-param.numel() // BLOCK)
-                state[f"{name}_scale"] = torch.zeros(blocks, dtype=torch.float32, device=param.device)
+    new = [(param, state) for param, state in zip(params, states, strict=True) if "step" not in state]
+    steps = zeros(
+        [torch.empty((), device=p.device if options.step_on_device else "cpu") for p, _ in new], torch.float32
+    )
+    for (_, state), step in zip(new, steps, strict=True):
+        state["step"] = step
+    for name in ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if options.amsgrad else [])):
+        for dtype in dict.fromkeys(moment_dtype(param, options) for param, _ in new):
+            alike = [(param, state) for param, state in new if moment_dtype(param, options) == dtype]
+            for (param, state), moment in zip(alike, zeros([param for param, _ in alike], dtype), strict=True):
+                if dtype == torch.uint8:
+                    blocks = -(-param.numel() // BLOCK)
+                    state[f"{name}_code"] = moment
+                    state[f"{name}_scale"] = torch.zeros(blocks, dtype=torch.float32, device=param.device)
+                else:
+                    state[name] = moment
+    for param, state in zip(params, states, strict=True):
+        if lacks_master(param, state, options):
+            if options.master_weights == "float32":
+                state["master"] = param.detach().to(torch.float32, copy=True)
             else:
-                state[name] = torch.zeros_like(param, dtype=dtype)
-        if options.amsgrad:
-            state["max_exp_avg_sq"] = torch.zeros_like(param, dtype=dtype)
-    if lacks_master(param, state, options):
-        if options.master_weights == "float32":
-            state["master"] = param.detach().to(torch.float32, copy=True)
+                state["remainder"] = torch.zeros_like(param, dtype=torch.int16)
+
+
+def zeros(likes: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """torch.zeros_like(x, dtype=dtype) of each. Small ones of a device are views of one tensor: thousands of them, each
+    between its own data, would cost a step more time to find than to update."""
+    found: list[Tensor] = [torch.empty(0)] * len(likes)
+    small: dict[torch.device, list[int]] = {}
+    for i, like in enumerate(likes):
+        if type(like) in (Tensor, torch.nn.Parameter) and like.numel() <= SMALL and like.is_contiguous():
+            small.setdefault(like.device, []).append(i)
         else:
-            state["remainder"] = torch.zeros_like(param, dtype=torch.int16)
+            found[i] = torch.zeros_like(like, dtype=dtype)
+    for device, places in small.items():
+        # Every view starts at a multiple of 64 elements, as aligned as a tensor of its own.
+        lengths = [-(-likes[i].numel() // 64) * 64 for i in places]
+        shared = torch.zeros(sum(lengths), dtype=dtype, device=device)
+        for i, part in zip(places, shared.split(lengths), strict=True):
+            found[i] = part[: likes[i].numel()].view(likes[i].shape)
+    return found
 
 
 def adopt(param: Tensor, saved: Mapping[str, Any], options: Options) -> dict[str, Any]:

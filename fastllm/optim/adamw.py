@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, repeat
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastllm.ops.adamw import grad_norm, step_op
+from fastllm.backends import steered
+from fastllm.ops.adamw import TABLE_GRAD, grad_norm, has_tables, make_table, step_op, table_step
 from fastllm.optim import _state
 from fastllm.optim._overlap import check_overlap
 
@@ -32,6 +33,18 @@ def _plan(params: list[Tensor]) -> _Plan:
     for i, param in enumerate(params):
         parts.setdefault((param.device, param.dtype in (torch.float64, torch.complex128)), []).append(i)
     return _Plan(params, any(p.is_complex() or isinstance(p, dtensor) for p in params), list(parts.values()))
+
+
+@dataclass
+class _Table:
+    """What a batch's tensors were when the kernels' table of them was made."""
+
+    rows: Tensor  # empty where the kernels cannot read the tensors as they lie
+    tensors: list[Tensor]  # all but the gradients
+    addresses: list[int]
+    grad_addresses: list[int]
+    dtypes: list[torch.dtype]  # the gradients'
+    dense: bool  # parameters are contiguous, so that contiguous gradients fit them
 
 
 @dataclass
@@ -89,10 +102,6 @@ def _as_placed(grad: Tensor, param: Tensor) -> Tensor:
     if isinstance(grad, dtensor) and isinstance(param, dtensor) and grad.placements != param.placements:  # type: ignore[attr-defined]
         return grad.redistribute(param.device_mesh, param.placements)  # type: ignore[attr-defined]
     return grad
-
-
-def _scalar_on(x: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if x is None else x.to(device, torch.float32, non_blocking=True)
 
 
 def _total_norm(batches: list[_Batch], grad_scale: Tensor | None) -> Tensor:
@@ -194,6 +203,8 @@ class AdamW(torch.optim.AdamW):
     """
 
     _step_supports_amp_scaling = True
+    grad_scale: Tensor | None  # set by a GradScaler while it calls step
+    found_inf: Tensor | None
 
     def __init__(
         self,
@@ -238,7 +249,7 @@ class AdamW(torch.optim.AdamW):
         self.grad_norm: Tensor | None = None
         self._loading: Mapping[str, Any] | None = None
         self._plans: dict[int, _Plan] = {}
-        self._shared_steps: dict[int, tuple[Tensor, list[Tensor]]] = {}
+        self._tables: dict[int, _Table] = {}
         super().__init__(
             params,
             lr,
@@ -293,13 +304,13 @@ class AdamW(torch.optim.AdamW):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("max_norm", "skip_nonfinite", "master_weights", "stochastic_rounding", "moment_dtype", "seed")
-        kept += ("grad_norm", "_loading")
+        kept = ["max_norm", "skip_nonfinite", "master_weights", "stochastic_rounding", "moment_dtype", "seed"]
+        kept += ["grad_norm", "_loading"]
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plans, self._shared_steps = {}, {}
+        self._plans, self._tables = {}, {}
         if self._loading is not None:
             # torch's load_state_dict casts every floating tensor to the parameter's dtype: take what was saved.
             saved = chain.from_iterable(group["params"] for group in self._loading["param_groups"])
@@ -362,7 +373,7 @@ class AdamW(torch.optim.AdamW):
         grads = [param.grad for param in group["params"]]
         params = group["params"]
         indices = list(range(first, first + len(params)))
-        if any(grad is None for grad in grads):
+        if any(map(operator.is_, grads, repeat(None))):
             chosen = [i for i, grad in enumerate(grads) if grad is not None]
             params, grads, indices = ([values[i] for i in chosen] for values in (params, grads, indices))
         if not params:
@@ -370,9 +381,7 @@ class AdamW(torch.optim.AdamW):
         states = list(map(self.state.__getitem__, params))
         options = self._options(group)
         if not all(states) or options.master_weights:
-            for param, state in zip(params, states, strict=True):
-                if not state or _state.lacks_master(param, state, options):
-                    _state.fill(param, state, options)
+            _state.fill(params, states, options)
         plan = self._plans.get(first)
         if plan is None or len(plan.params) != len(params) or not all(map(operator.is_, plan.params, params)):
             plan = self._plans[first] = _plan(params)
@@ -382,49 +391,67 @@ class AdamW(torch.optim.AdamW):
             batch.grads = [_plain(_as_placed(grad, param)) for grad, param in zip(grads, params, strict=True)]
         return [batch] if len(plan.parts) == 1 else [batch.part(at) for at in plan.parts]
 
-    def _steps(self, batch: _Batch) -> list[Tensor]:
-        """The parameters' steps. Those of a whole group are kept as views of one tensor, which stands for them all: a
-        fifth of the tensors to hand over at each step."""
-        steps = [state["step"] for state in batch.states]
-        if len(steps) < len(batch.group["params"]):
-            return steps
-        kept, views = self._shared_steps.get(batch.indices[0], (None, []))
-        if kept is None or len(views) != len(steps) or not all(map(operator.is_, steps, views)):
-            kept = torch.stack(steps)
-            views = list(kept.unbind())
-            for state, view in zip(batch.states, views, strict=True):
-                state["step"] = view
-            self._shared_steps[batch.indices[0]] = kept, views
-        return [kept]
+    def _table(self, batch: _Batch, lists: Sequence[list[Tensor]]) -> Tensor | None:
+        """The kernels' table of a batch, made when any of its tensors is another or has moved; None if it needs more
+        than that. Only the gradients' addresses are expected to change: they are new at every step."""
+        device = batch.tensors[0].device
+        if batch.special or steered() or torch.compiler.is_compiling() or not has_tables(device):
+            return None
+        params, grads, *others = lists
+        tensors = list(chain(params, *others))
+        try:
+            dense = all(map(Tensor.is_contiguous, grads))
+            addresses, grad_addresses = (list(map(Tensor.data_ptr, some)) for some in (tensors, grads))
+        except RuntimeError:  # of a sparse gradient: the op says what it thinks of it
+            return None
+        dtypes = [grad.dtype for grad in grads]
+        table = self._tables.get(batch.indices[0])
+        if (
+            table is not None
+            and dense
+            and table.dense
+            and table.addresses == addresses
+            and len(table.tensors) == len(tensors)
+            and all(map(operator.is_, table.tensors, tensors))
+            and table.dtypes == dtypes
+        ):
+            if len(table.rows) and table.grad_addresses != grad_addresses:
+                table.rows[:, TABLE_GRAD] = torch.tensor(grad_addresses)
+                table.grad_addresses = grad_addresses
+        else:
+            rows = make_table(*lists, batch.indices)
+            dense = all(map(Tensor.is_contiguous, params))
+            table = _Table(rows, tensors, addresses, grad_addresses, dtypes, dense)
+            self._tables[batch.indices[0]] = table
+        return table.rows if len(table.rows) else None
 
     def _run(self, batch: _Batch, norm: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         group, device = batch.group, batch.tensors[0].device
-        steps = self._steps(batch)
+        steps = batch.get("step")
         quantized = self.moment_dtype == torch.uint8
         suffix = "_code" if quantized else ""
-        masters = batch.masters(_state.MASTER_KEYS[self.master_weights]) if self.master_weights else []
-        if found_inf is not None and steps[0].device != device:
-            # `step` lives on the host, which must know whether there is one.
-            if found_inf.item():
-                return
-            found_inf = None
-        lr, (beta1, beta2) = group["lr"], group["betas"]
-        on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"
-        step_op(
+        lists = (
             batch.tensors,
             batch.grads,
             batch.get("exp_avg" + suffix),
             batch.get("exp_avg_sq" + suffix),
             batch.get("max_exp_avg_sq") if group["amsgrad"] else [],
             steps,
-            masters,
+            batch.masters(_state.MASTER_KEYS[self.master_weights]) if self.master_weights else [],
             batch.get("exp_avg_scale") if quantized else [],
             batch.get("exp_avg_sq_scale") if quantized else [],
-            _scalar_on(norm, device),
-            _scalar_on(grad_scale, device),
-            _scalar_on(found_inf, device),
-            _scalar_on(lr, device) if on_device else None,
-            batch.indices if self.stochastic_rounding else [],
+        )
+        steps_apart = steps[0].device != device
+        if found_inf is not None and steps_apart:
+            # `step` lives on the host, which must know whether there is one.
+            if found_inf.item():
+                return
+            found_inf = None
+        lr, (beta1, beta2) = group["lr"], group["betas"]
+        on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"
+        scalars = (norm, grad_scale, found_inf, lr if on_device else None)
+        on = [None if x is None else x.to(device, torch.float32, non_blocking=True) for x in scalars]
+        hyper = (
             0.0 if on_device else float(lr),
             float(beta1),
             float(beta2),
@@ -435,4 +462,9 @@ class AdamW(torch.optim.AdamW):
             self.stochastic_rounding,
             self.seed,
         )
+        table = self._table(batch, lists)
+        if table is not None:
+            table_step(batch.tensors[0], table, *on, steps_apart, *hyper)
+        else:
+            step_op(*lists, *on, batch.indices, *hyper)
         torch.autograd.graph.increment_version(batch.tensors)

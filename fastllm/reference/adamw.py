@@ -57,8 +57,6 @@ def adamw_step(
     if any(grad.layout != torch.strided for grad in grads):
         raise RuntimeError("AdamW does not support sparse gradients; consider torch.optim.SparseAdam")
     sign = -1.0 if maximize else 1.0
-    if len(steps) == 1:
-        steps = list(steps[0].view(-1).unbind())
     for i, param in enumerate(params):
         acc = torch.promote_types(param.dtype, torch.float32)
         steps[i].add_(1)

@@ -250,6 +250,7 @@ class Trainer:
             self.optimizer.step()
             del self.optimizer.found_inf
             norm = self.optimizer.grad_norm
+            assert norm is not None
         else:
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip or math.inf)
         loss_value, norm_value = torch.stack((total, norm)).tolist()

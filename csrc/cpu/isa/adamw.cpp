@@ -75,7 +75,7 @@ struct Ops {
     return (F)a;
   }
   static U to_int(F a) {  // 0 <= a < 2^31
-    return (U)__builtin_convertvector(a, VecI32);
+    return (U) __builtin_convertvector(a, VecI32);
   }
   static F from_int(U a) {
     return __builtin_convertvector((VecI32)a, F);
@@ -230,9 +230,8 @@ void read_codes(Block& block, const void* base, const float* scales, int64_t off
   uint8_t codes[kAdamwBlock] = {};
   __builtin_memcpy(codes, static_cast<const uint8_t*>(base) + offset, n);
   const float scale = scales[offset / kAdamwBlock];
-  for_each_padded(n, [&](int64_t i) {
-    store(block.values + i, adamw_decode<Ops, kSigned>(load_bits<VecU8>(codes + i)) * scale);
-  });
+  for_each_padded(
+      n, [&](int64_t i) { store(block.values + i, adamw_decode<Ops, kSigned>(load_bits<VecU8>(codes + i)) * scale); });
 }
 
 template <bool kSigned>
@@ -279,7 +278,8 @@ void fill_random(uint16_t (&random)[kAdamwBlock], uint64_t seed, uint32_t parame
 }
 
 // 16-bit weights from their floats, and back, where they are not simply rounded to nearest even.
-void read_master(Block& param, const AdamwTensor& t, const AdamwTypes& types, int64_t offset, int64_t n) {
+void read_master(Block& param, const AdamwTensor& t, int64_t offset, int64_t n) {
+  const AdamwTypes& types = t.types;
   if (!types.remainder) {
     return param.read(t.master, DType::kFloat, offset, n);
   }
@@ -291,7 +291,8 @@ void read_master(Block& param, const AdamwTensor& t, const AdamwTypes& types, in
   });
 }
 
-void write_master(const Block& param, const AdamwTensor& t, const AdamwTypes& types, int64_t offset, int64_t n) {
+void write_master(const Block& param, const AdamwTensor& t, int64_t offset, int64_t n) {
+  const AdamwTypes& types = t.types;
   if (types.param != DType::kBFloat16) {
     param.write(t.param, types.param, offset, n);
   } else {
@@ -329,12 +330,12 @@ void write_stochastic(
 
 void step_block(
     const AdamwTensor& t,
-    const AdamwTypes& types,
     const AdamwCall& call,
     const AdamwScalars& s,
     const AdamwFactors& factors,
     int64_t offset,
     int64_t n) {
+  const AdamwTypes& types = t.types;
   Block param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq;
   grad.read(t.grad, types.grad, offset, n);
   if (factors.unscale) {
@@ -342,7 +343,7 @@ void step_block(
     grad.write(t.grad, types.grad, offset, n);
     grad.read(t.grad, types.grad, offset, n);  // with the rounding that was written
   }
-  t.master != nullptr ? read_master(param, t, types, offset, n) : param.read(t.param, types.param, offset, n);
+  t.master != nullptr ? read_master(param, t, offset, n) : param.read(t.param, types.param, offset, n);
   if (types.quantized) {
     read_codes<true>(exp_avg, t.exp_avg, t.exp_avg_scale, offset, n);
     read_codes<false>(exp_avg_sq, t.exp_avg_sq, t.exp_avg_sq_scale, offset, n);
@@ -379,7 +380,7 @@ void step_block(
     max_exp_avg_sq.write(t.max_exp_avg_sq, types.moment, offset, n);
   }
   if (t.master != nullptr) {
-    write_master(param, t, types, offset, n);
+    write_master(param, t, offset, n);
   } else if (call.stochastic && types.param != DType::kFloat) {
     write_stochastic(param, t, types.param, call.seed, s.step, offset, n);
   } else {
@@ -389,19 +390,18 @@ void step_block(
 
 void step(
     const AdamwTensor& t,
-    const AdamwTypes& types,
     const AdamwCall& call,
     const AdamwScalars& s,
     const AdamwFactors& factors,
     int64_t begin,
     int64_t end) {
-  const bool plain = !factors.unscale && !types.quantized && t.master == nullptr && !call.stochastic;
-  if (const Typed in_place = plain ? typed(types) : nullptr) {
+  const bool plain = !factors.unscale && !t.types.quantized && t.master == nullptr && !call.stochastic;
+  if (const Typed in_place = plain ? typed(t.types) : nullptr) {
     return in_place(t, s, factors.clip, begin, end);
   }
   for (int64_t offset = begin; offset < end; offset += kAdamwBlock) {
     const int64_t rest = end - offset;
-    step_block(t, types, call, s, factors, offset, rest < kAdamwBlock ? rest : kAdamwBlock);
+    step_block(t, call, s, factors, offset, rest < kAdamwBlock ? rest : kAdamwBlock);
   }
 }
 

@@ -70,8 +70,8 @@ inline Vec load(const BFloat16* p) {
   return (Vec)(__builtin_convertvector(half, VecU32) << 16);
 }
 
-// v's bits with the upper half rounded to bfloat16: to nearest even; a NaN keeps its sign and becomes quiet, whatever its
-// payload. What the lower half holds means nothing.
+// v's bits with the upper half rounded to bfloat16: to nearest even; a NaN keeps its sign and becomes quiet, whatever
+// its payload. What the lower half holds means nothing.
 inline VecU32 round_bfloat16(Vec v) {
   const VecU32 bits = (VecU32)v;
   const VecU32 rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
@@ -88,8 +88,8 @@ inline void store(BFloat16* p, Vec v) {
 #endif
 }
 
-// 2 kLanes elements as those at even places and those at odd ones, which spares the shuffles: for arithmetic that treats
-// every element alike.
+// 2 kLanes elements as those at even places and those at odd ones, which spares the shuffles: for arithmetic that
+// treats every element alike.
 struct Pair {
   Vec even, odd;
 };

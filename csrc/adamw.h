@@ -41,6 +41,8 @@ struct AdamwTensors {
 // What cpu/adamw.cpp and cuda/adamw.cpp implement, each in its own shared object.
 bool adamw_has_kernel(const AdamwTypes& types);
 void run_adamw_step(AdamwTensors tensors, const AdamwCall& call, const AdamwDevice& device, const Tensor& like);
+// Called once for a table that will be kept.
+void prepare_adamw(AdamwTensors tensors);
 // Writes the norm of all the tensors' gradients, whose other pointers are null, to one float.
 void run_adamw_norm(AdamwTensors tensors, const Tensor& norm);
 
@@ -360,6 +362,7 @@ inline Tensor adamw_table_of(
   const Tensor rows = torch::stable::empty(
       {size, 2}, ScalarType::Long, std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU));
   if (!table.tensors.empty()) {
+    prepare_adamw({table.tensors.data(), size[0]});
     std::memcpy(rows.mutable_data_ptr(), table.tensors.data(), table.tensors.size() * sizeof(AdamwTensor));
   }
   return rows;

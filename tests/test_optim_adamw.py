@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import io
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -572,6 +573,13 @@ def test_the_docstrings_bytes_a_parameter():
         moments = sum(size for key, size in sizes.items() if key.startswith("exp_avg"))
         weight = param.element_size()
         assert table[label] == (weight, extra, round(moments, 2), round(weight + extra + moments, 2)), label
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    rows = [
+        line.split("|")[2:6]
+        for line in readme.splitlines()
+        if line.startswith(("| float32", "| bfloat16", "| the same"))
+    ]
+    assert [tuple(map(float, row)) for row in rows] == list(table.values()), "README says the same"
 
 
 # Checkpoints

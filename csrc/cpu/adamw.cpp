@@ -3,6 +3,7 @@
 
 #include "adamw_blocks.h"
 #include "capability.h"
+#include "large_memory.h"
 
 #include <cmath>
 
@@ -63,6 +64,36 @@ constexpr int64_t kGrain = 32768 / kAdamwBlock;  // blocks a thread takes at the
 
 bool adamw_has_kernel(const AdamwTypes&) {
   return true;
+}
+
+void prepare_adamw(AdamwTensors tensors) {
+  // Small tensors lie close together, so that they fill huge pages as large ones do.
+  constexpr int64_t kNear = int64_t{64} << 10;
+  std::vector<std::pair<char*, char*>> spans;
+  for (const AdamwTensor& t : tensors) {
+    const auto bytes = [](DType dtype) { return dtype == DType::kFloat ? 4 : 2; };
+    const int64_t moment = t.types.quantized ? 1 : bytes(t.types.moment);
+    const std::pair<void*, int64_t> parts[] = {
+        {t.param, bytes(t.types.param)},
+        {t.grad, bytes(t.types.grad)},
+        {t.exp_avg, moment},
+        {t.exp_avg_sq, moment},
+        {t.max_exp_avg_sq, moment},
+        {t.master, t.types.remainder ? 2 : 4}};
+    for (const auto& [memory, width] : parts) {
+      if (memory != nullptr && t.numel > 0) {
+        spans.emplace_back(static_cast<char*>(memory), static_cast<char*>(memory) + width * t.numel);
+      }
+    }
+  }
+  std::sort(spans.begin(), spans.end());
+  for (size_t i = 0; i < spans.size();) {
+    auto [begin, end] = spans[i];
+    for (++i; i < spans.size() && spans[i].first - end <= kNear; ++i) {
+      end = std::max(end, spans[i].second);
+    }
+    collapse_to_huge_pages(begin, end - begin);
+  }
 }
 
 void run_adamw_step(AdamwTensors tensors, const AdamwCall& call, const AdamwDevice& device, const Tensor&) {

@@ -1,7 +1,7 @@
 #include "../norm.h"
 
 #include "capability.h"
-#include "large_output.h"
+#include "large_memory.h"
 #include "norm_rows.h"
 
 #include <torch/headeronly/util/BFloat16.h>

@@ -12,6 +12,8 @@ bool adamw_has_kernel(const AdamwTypes& types) {
   return adamw_cuda_supports(types);
 }
 
+void prepare_adamw(AdamwTensors) {}
+
 void run_adamw_step(AdamwTensors tensors, const AdamwCall& call, const AdamwDevice& device, const Tensor& like) {
   const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
   const cudaStream_t stream = current_stream(like);

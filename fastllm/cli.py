@@ -68,6 +68,12 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--validation", type=float, default=0.05, help="the last part of the text (default %(default)s)")
     train.add_argument("--tokenizer", metavar="JSON", help="use this tokenizer instead of training one")
     train.add_argument("--vocab-size", type=int, help=f"of the tokenizer to train (default {VOCAB_SIZE})")
+    train.add_argument(
+        "--document-mask",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="attention stays inside a document; <|endoftext|> ends one, and so does a file (default: yes)",
+    )
     model = train.add_argument_group("model")
     model.add_argument("--preset", choices=PRESETS, help="architecture (default llama)")
     for name, (default, text) in MODEL_FLAGS.items():
@@ -135,6 +141,7 @@ def _train(args: argparse.Namespace) -> int:
     import torch
 
     from fastllm import data
+    from fastllm.data.text import END_OF_TEXT
     from fastllm.models import GPT, GPTConfig
     from fastllm.trainer import TrainConfig, Trainer, checkpoint
 
@@ -159,7 +166,12 @@ def _train(args: argparse.Namespace) -> int:
             tokenizer = data.train_tokenizer([text], VOCAB_SIZE if args.vocab_size is None else args.vocab_size)
         defaults = {name: default for name, (default, _) in MODEL_FLAGS.items()}
         make = GPTConfig.gpt2 if args.preset == "gpt2" else GPTConfig.llama
-        config = make(vocab_size=tokenizer.get_vocab_size(), **{**defaults, **model_flags})
+        several = args.document_mask and END_OF_TEXT in text
+        config = make(
+            vocab_size=tokenizer.get_vocab_size(),
+            document_token=tokenizer.token_to_id(END_OF_TEXT) if several else None,
+            **{**defaults, **model_flags},
+        )
         train = TrainConfig(**train_flags, out=args.out)
     tokens, held_out_tokens = data.encode(tokenizer, text), data.encode(tokenizer, held_out)
     torch.manual_seed(train.seed)

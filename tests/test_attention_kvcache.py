@@ -32,6 +32,23 @@ def test_what_the_reference_computes():
     check_kvcache((30, 90), ("softcap", "sinks", "alibi"), rows=2)
 
 
+@pytest.mark.parametrize(
+    ("length", "rows", "new"), [(0, 5, 5), (7, 1, 1), (7, 1, 0), (6, 4, 4), (0, 20, 20), (19, 1, 1)]
+)
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_one_length_for_all_may_go_straight_to_torch(length, rows, new, is_causal):
+    """The same as through the op, caches included, where one call of torch's does it and where not."""
+    q = torch.randn(2, 4, rows, 8)
+    k, v = (torch.randn(2, 2, new, 8) if new else None for _ in range(2))
+    caches = [torch.randn(2, 2, 20, 8) for _ in range(2)]
+    results = []
+    for lengths in (length, torch.full((2,), length)):
+        copies = [c.clone() for c in caches]
+        results.append((ops.attention_kvcache(q, *copies, lengths, k, v, is_causal=is_causal, scale=0.3), *copies))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
 def test_decoding_token_by_token_is_attention_over_the_whole():
     q, k, v = (torch.randn(2, heads, 12, 8) for heads in (4, 2, 2))
     caches = [torch.zeros(2, 2, 20, 8) for _ in range(2)]

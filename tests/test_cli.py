@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from fastllm import cli, ops
+from fastllm.trainer import checkpoint
 
 ROOT = Path(__file__).parent.parent
 SMALL = "--context 16 --layers 2 --heads 2 --width 32 --vocab-size 300 --steps 8 --batch-size 4 --warmup 2 --device cpu"
@@ -63,6 +64,17 @@ def test_train_then_eval_then_generate(folder):
     ]
     assert outputs[0].stdout.startswith("12 squared")
     assert outputs[0].stdout == outputs[1].stdout != outputs[2].stdout
+
+
+@pytest.mark.parametrize(("more", "token"), [([], 0), (["--no-document-mask"], None)])
+def test_files_are_documents(folder, tmp_path, more, token):
+    """Attention stays inside a file, unless told otherwise; one file without an end in it is one document."""
+    text = str(folder / "text.txt")
+    for name, files, expected in (("two", [text, text], token), ("one", [text], None)):
+        out = tmp_path / name
+        assert cli.main(["train", "--text", *files, "--out", str(out), *SMALL.split(), *more]) == 0
+        config = json.loads((checkpoint.find_checkpoint(out) / "config.json").read_text())
+        assert config["model"]["document_token"] == expected
 
 
 def test_resume_goes_on(folder, capsys):

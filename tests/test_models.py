@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -272,3 +273,65 @@ def test_sample_token_follows_the_distribution(arguments, expected):
     frequency = F.one_hot(draws, 5).double().mean(0)
     assert (frequency[expected == 0] == 0).all()
     torch.testing.assert_close(frequency, expected.double(), rtol=0, atol=0.012)
+
+
+END = 7  # ends a document, in the tests below
+
+
+def packed_tokens() -> torch.Tensor:
+    """Rows of several documents: one that begins with an empty one, one that ends with one, one that has a single."""
+    tokens = torch.randint(8, 50, (3, 24), generator=torch.Generator().manual_seed(3))
+    tokens[0, [0, 5, 6, 17]] = END
+    tokens[1, [11, 23]] = END
+    return tokens
+
+
+def documents_of(row: torch.Tensor) -> list[torch.Tensor]:
+    ends = [*((row == END).nonzero().flatten() + 1).tolist(), len(row)]
+    return [row[a:b] for a, b in zip([0, *ends], ends, strict=False) if b > a]
+
+
+@pytest.mark.parametrize("ops", ["fastllm", "torch"])
+@pytest.mark.parametrize("preset", [GPTConfig.gpt2, GPTConfig.llama], ids=["gpt2", "llama"])
+def test_packed_documents_are_worth_what_they_are_one_by_one(preset, ops):
+    """Loss, logits and every gradient."""
+    config = preset(vocab_size=50, context=24, layers=2, heads=4, kv_heads=2, width=32, document_token=END, ops=ops)
+    torch.manual_seed(0)
+    packed = GPT(config)
+    alone = GPT(replace(config, document_token=None))
+    alone.load_state_dict(packed.state_dict())
+    tokens = packed_tokens()
+    targets = torch.randint(50, tokens.shape, generator=torch.Generator().manual_seed(4))
+    loss = packed(tokens, targets, reduction="sum")
+    loss.backward()
+    total = torch.zeros(())
+    logits = []
+    for row, wanted in zip(tokens, targets, strict=True):
+        at = 0
+        for document in documents_of(row):
+            part = wanted[at : at + len(document)]
+            total = total + alone(document[None], part[None], reduction="sum")
+            logits.append(alone(document[None])[0])
+            at += len(document)
+    total.backward()
+    torch.testing.assert_close(loss, total, rtol=1e-5, atol=0)
+    torch.testing.assert_close(packed(tokens).flatten(0, 1), torch.cat(logits), rtol=1e-4, atol=1e-5)
+    for (name, a), b in zip(packed.named_parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_without_a_document_token_rows_are_whole():
+    config = GPTConfig.llama(vocab_size=50, context=24, layers=2, heads=4, width=32)
+    torch.manual_seed(0)
+    model = GPT(config)
+    masked = GPT(replace(config, document_token=END))
+    masked.load_state_dict(model.state_dict())
+    tokens = packed_tokens()
+    assert not torch.allclose(model(tokens), masked(tokens))
+    tokens[tokens == END] = 8
+    torch.testing.assert_close(model(tokens), masked(tokens), rtol=1e-4, atol=1e-5)
+
+
+def test_a_document_token_outside_the_vocabulary_is_an_error():
+    with pytest.raises(ValueError, match="document_token must be a token, below vocab_size=50, got 50"):
+        GPTConfig.llama(vocab_size=50, document_token=50)

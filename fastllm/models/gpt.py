@@ -1,7 +1,7 @@
 """A decoder-only transformer: GPT-2's architecture or Llama's, or what lies between, by configuration.
 
 Letters in names of tensors: B batch, T positions of this call, S positions attended to, C width, H heads, D the width
-of a head, V vocabulary, L layers.
+of a head, V vocabulary, L layers, N documents.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastllm.nn
+from fastllm import ops
 from fastllm.models.sampling import sample_token
 
 IGNORE = -100
@@ -49,7 +50,10 @@ class GPTConfig:
         qk_norm: whether each head's queries and keys are normalized before they meet, as in Qwen3 (Dehghani et al.,
             2023).
         norm_eps, rope_theta: as in the norms, and the base of the rotary frequencies.
-        ops: "fastllm" runs fused norms, "torch" stock PyTorch. The state_dict is the same.
+        document_token: the token that ends a document, if rows hold several: attention then stays inside a document,
+            and positions start anew in each, so that a packed row is worth what its documents are one by one. A
+            KVCache, and so `generate`, takes what it holds for one document.
+        ops: "fastllm" runs fused norms and attention, "torch" stock PyTorch. The state_dict is the same.
 
     Raises:
         ValueError: for a value that does not fit, naming it.
@@ -71,6 +75,7 @@ class GPTConfig:
     tie_embeddings: bool = True
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
+    document_token: int | None = None
     ops: str = "fastllm"
 
     def __post_init__(self) -> None:
@@ -89,6 +94,11 @@ class GPTConfig:
             raise ValueError(f"GPTConfig: rotary positions need an even width / heads, got {self.head_dim}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"GPTConfig: dropout must be in [0, 1), got {self.dropout}")
+        if self.document_token is not None and not 0 <= self.document_token < self.vocab_size:
+            raise ValueError(
+                f"GPTConfig: document_token must be a token, below vocab_size={self.vocab_size}, got "
+                f"{self.document_token}"
+            )
         for name in ("norm_eps", "rope_theta"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"GPTConfig: {name} must be positive, got {getattr(self, name)}")
@@ -141,12 +151,50 @@ class KVCache:
         self.filled = 0
         """Positions stored so far. The model advances it, once all layers have stored theirs."""
 
-    def store(self, layer: int, k_BHTD: Tensor, v_BHTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Appends this call's positions and returns the layer's keys and values from the first position on."""
-        end = self.filled + k_BHTD.shape[2]
-        self.k_LBHSD[layer, :, :, self.filled : end] = k_BHTD
-        self.v_LBHSD[layer, :, :, self.filled : end] = v_BHTD
-        return self.k_LBHSD[layer, :, :, :end], self.v_LBHSD[layer, :, :, :end]
+    def attend(self, layer: int, q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, stock: bool) -> Tensor:
+        """Appends this call's keys and values to the layer's; the queries attend to all up to their own position."""
+        k_BHSD, v_BHSD = self.k_LBHSD[layer], self.v_LBHSD[layer]
+        if not stock:
+            return cast("Tensor", ops.attention_kvcache(q_BHTD, k_BHSD, v_BHSD, self.filled, k_BHTD, v_BHTD))
+        t = q_BHTD.shape[2]
+        end = self.filled + t
+        k_BHSD[:, :, self.filled : end] = k_BHTD
+        v_BHSD[:, :, self.filled : end] = v_BHTD
+        # is_causal would align the first query with the first key.
+        mask_TS = torch.ones(t, end, dtype=torch.bool, device=q_BHTD.device).tril(self.filled) if t > 1 else None
+        return F.scaled_dot_product_attention(
+            q_BHTD,
+            k_BHSD[:, :, :end],
+            v_BHSD[:, :, :end],
+            attn_mask=mask_TS,
+            enable_gqa=q_BHTD.shape[1] != k_BHSD.shape[1],
+        )
+
+
+class Documents(NamedTuple):
+    """Where the documents of a batch lie."""
+
+    number_BT: Tensor  # of the document in its row
+    positions_BT: Tensor  # in the document
+    cu_N: Tensor | None  # (N + 1,) int32, where documents start in the flattened batch; None for stock attention
+    longest: int
+
+    @classmethod
+    def of(cls, tokens_BT: Tensor, document_token: int, stock: bool) -> Documents:
+        start_BT = torch.ones_like(tokens_BT, dtype=torch.bool)  # of a document: behind the token, or of the row
+        start_BT[:, 1:] = tokens_BT[:, :-1] == document_token
+        place_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+        positions_BT = place_T - torch.where(start_BT, place_T, 0).cummax(1).values
+        cu_N = None
+        if not stock:
+            cu_N = F.pad(start_BT.flatten().nonzero()[:, 0], (0, 1), value=start_BT.numel()).int()
+        return cls(start_BT.cumsum(1), positions_BT, cu_N, tokens_BT.shape[1])
+
+    def mask_B1TT(self) -> Tensor:
+        """True where a position sees another: earlier or the same, in its document."""
+        t = self.number_BT.shape[1]
+        same_BTT = self.number_BT[:, :, None] == self.number_BT[:, None, :]
+        return (same_BTT & torch.ones(t, t, dtype=torch.bool, device=same_BTT.device).tril())[:, None]
 
 
 def make_norm(config: GPTConfig, width: int) -> nn.Module:
@@ -171,11 +219,11 @@ def rotary_tables(config: GPTConfig) -> tuple[Tensor, Tensor]:
     return angles.cos().float(), angles.sin().float()
 
 
-def rotate(x_BHTD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+def rotate(x_BTHD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> Tensor:
     """Rotary positions (Su et al., 2021): turns the pair (x_i, x_(i + D/2)) by its angle, the layout of Llama's weights
     on Hugging Face."""
-    a, b = x_BHTD.chunk(2, dim=-1)
-    return torch.cat((a * cos_TD - b * sin_TD, b * cos_TD + a * sin_TD), dim=-1).to(x_BHTD.dtype)
+    a, b = x_BTHD.chunk(2, dim=-1)
+    return torch.cat((a * cos_T1D - b * sin_T1D, b * cos_T1D + a * sin_T1D), dim=-1).to(x_BTHD.dtype)
 
 
 class Attention(nn.Module):
@@ -183,39 +231,68 @@ class Attention(nn.Module):
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.layer, self.dropout = layer, config.dropout
+        self.layer, self.dropout, self.stock = layer, config.dropout, config.ops == "torch"
         self.heads, self.kv_heads, self.head_dim = config.heads, config.num_kv_heads, config.head_dim
         self.qkv_proj = nn.Linear(config.width, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=config.bias)
         self.q_norm = make_norm(config, self.head_dim) if config.qk_norm else None
         self.k_norm = make_norm(config, self.head_dim) if config.qk_norm else None
         self.out_proj = nn.Linear(config.width, config.width, bias=config.bias)
 
-    def forward(self, x_BTC: Tensor, rotary: tuple[Tensor, Tensor] | None, cache: KVCache | None) -> Tensor:
+    def forward(
+        self,
+        x_BTC: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        cache: KVCache | None,
+        documents: Documents | None,
+    ) -> Tensor:
         heads_BTHD = self.qkv_proj(x_BTC).unflatten(-1, (-1, self.head_dim))
         q_BTHD, k_BTHD, v_BTHD = heads_BTHD.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
         if self.q_norm is not None and self.k_norm is not None:
             q_BTHD, k_BTHD = self.q_norm(q_BTHD), self.k_norm(k_BTHD)
-        q_BHTD, k_BHSD, v_BHSD = q_BTHD.transpose(1, 2), k_BTHD.transpose(1, 2), v_BTHD.transpose(1, 2)
         if rotary is not None:
-            q_BHTD, k_BHSD = rotate(q_BHTD, *rotary), rotate(k_BHSD, *rotary)
-        start = 0
+            q_BTHD, k_BTHD = rotate(q_BTHD, *rotary), rotate(k_BTHD, *rotary)
+        return self.out_proj(self._attend(q_BTHD, k_BTHD, v_BTHD, cache, documents).flatten(2))
+
+    def _attend(
+        self,
+        q_BTHD: Tensor,
+        k_BTHD: Tensor,
+        v_BTHD: Tensor,
+        cache: KVCache | None,
+        documents: Documents | None,
+    ) -> Tensor:
+        dropout_p = self.dropout if self.training else 0.0
+        if documents is not None and documents.cu_N is not None:
+            # Rows and documents alike are sequences of one packed batch.
+            cu_N, longest = documents.cu_N, documents.longest
+            packed = ops.attention_varlen(
+                q_BTHD.flatten(0, 1),
+                k_BTHD.flatten(0, 1),
+                v_BTHD.flatten(0, 1),
+                cu_N,
+                cu_N,
+                longest,
+                longest,
+                is_causal=True,
+                enable_gqa=self.heads != self.kv_heads,
+                dropout_p=dropout_p,
+            )
+            return cast("Tensor", packed).unflatten(0, q_BTHD.shape[:2])
+        q_BHTD, k_BHTD, v_BHTD = (x.transpose(1, 2) for x in (q_BTHD, k_BTHD, v_BTHD))
         if cache is not None:
-            start = cache.filled
-            k_BHSD, v_BHSD = cache.store(self.layer, k_BHSD, v_BHSD)
-        t, s = q_BHTD.shape[2], k_BHSD.shape[2]
-        mask_TS = None
-        if start > 0 and t > 1:  # is_causal would align the first query with the first key
-            mask_TS = torch.ones(t, s, dtype=torch.bool, device=x_BTC.device).tril(start)
-        y_BHTD = F.scaled_dot_product_attention(
-            q_BHTD,
-            k_BHSD,
-            v_BHSD,
-            attn_mask=mask_TS,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=start == 0,
-            enable_gqa=self.heads != self.kv_heads,
-        )
-        return self.out_proj(y_BHTD.transpose(1, 2).flatten(2))
+            y_BHTD = cache.attend(self.layer, q_BHTD, k_BHTD, v_BHTD, self.stock)
+        else:
+            attention: Any = F.scaled_dot_product_attention if self.stock else ops.attention
+            y_BHTD = attention(
+                q_BHTD,
+                k_BHTD,
+                v_BHTD,
+                attn_mask=None if documents is None else documents.mask_B1TT(),
+                dropout_p=dropout_p,
+                is_causal=documents is None,
+                enable_gqa=self.heads != self.kv_heads,
+            )
+        return y_BHTD.transpose(1, 2)
 
 
 class MLP(nn.Module):
@@ -252,13 +329,14 @@ class Block(nn.Module):
         residual_BTC: Tensor,
         rotary: tuple[Tensor, Tensor] | None,
         cache: KVCache | None,
+        documents: Documents | None,
     ) -> tuple[Tensor, Tensor]:
         """Takes and returns (what is still to be added, the sum so far); the first block has nothing to add."""
         if delta_BTC is None:
             x_BTC = self.attention_norm(residual_BTC)
         else:
             x_BTC, residual_BTC = add_norm(self.attention_norm, delta_BTC, residual_BTC)
-        delta_BTC = self.dropout(self.attention(x_BTC, rotary, cache))
+        delta_BTC = self.dropout(self.attention(x_BTC, rotary, cache, documents))
         x_BTC, residual_BTC = add_norm(self.mlp_norm, delta_BTC, residual_BTC)
         return self.dropout(self.mlp(x_BTC)), residual_BTC
 
@@ -328,16 +406,21 @@ class GPT(nn.Module):
         end = start + tokens_BT.shape[1]
         if end > self.config.context:
             raise ValueError(f"GPT: {end} positions do not fit into the context of {self.config.context}")
+        documents = None
+        at: Tensor | slice = slice(start, end)
+        if self.config.document_token is not None and cache is None:
+            documents = Documents.of(tokens_BT, self.config.document_token, self.config.ops == "torch")
+            at = documents.positions_BT
         residual_BTC = self.embedding(tokens_BT)
         rotary = None
         if self.positions is not None:
-            residual_BTC = residual_BTC + self.positions.weight[start:end]
+            residual_BTC = residual_BTC + self.positions.weight[at]
         else:
-            rotary = self.cos_SD[start:end], self.sin_SD[start:end]
+            rotary = self.cos_SD[at].unsqueeze(-2), self.sin_SD[at].unsqueeze(-2)
         residual_BTC = self.dropout(residual_BTC)
         delta_BTC = None
         for block in self.blocks:
-            delta_BTC, residual_BTC = block(delta_BTC, residual_BTC, rotary, cache)
+            delta_BTC, residual_BTC = block(delta_BTC, residual_BTC, rotary, cache, documents)
         assert delta_BTC is not None  # there is a block at least
         x_BTC, _ = add_norm(self.norm, delta_BTC, residual_BTC)
         if cache is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastllm.backends import Backend, Op
 from fastllm.ops import _attention, _sdpa
@@ -114,6 +115,10 @@ def attention_kvcache(
         TypeError: for dtypes that are not floating or not one; ValueError: for shapes, devices or numbers that do not
             fit.
     """
+    if sinks is alibi_slopes is None and softcap == 0 and not return_lse and window_size == (-1, -1):
+        out = _stock(q, k_cache, v_cache, cache_seqlens, k, v, is_causal, scale)
+        if out is not None:
+            return out
     name = "attention_kvcache"
     _attention.check_tensors(name, "BHSD", q=q, k_cache=k_cache, v_cache=v_cache)
     _attention.check_heads(name, q, k_cache, v_cache, 1, True)
@@ -139,6 +144,42 @@ def attention_kvcache(
         q, k_cache, v_cache, cache_seqlens, sinks, alibi_slopes, scale, left, right, float(softcap)
     )
     return (out, lse) if return_lse else out
+
+
+def _stock(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, length: Tensor | int, k: Tensor | None, v: Tensor | None,
+    is_causal: bool, scale: float | None,
+) -> Tensor | None:  # fmt: skip
+    """What stock attention on a CPU can do in one call, without the price of the checks and the op around it, which is
+    that of a short cache; None if these arguments are anything else, or wrong."""
+    if not isinstance(length, int) or not _attention.stock_cpu(q, k_cache, v_cache):
+        return None
+    (batch, heads, rows, size), kept = q.shape, k_cache.shape
+    new = (batch, kept[1], k.shape[2], size) if k is not None and k.dim() == 4 else None
+    end = length + (0 if new is None else new[2])
+    fits = (
+        kept == v_cache.shape == (batch, kept[1], kept[2], size)
+        and heads % kept[1] == 0
+        and q.dtype == k_cache.dtype == v_cache.dtype
+        and length >= 0
+        and 0 < end <= kept[2]
+        and rows in (1, end)  # of one query, or of as many as there are keys, causal means the same to torch
+        and ((k is None and v is None) or (v is not None and new == k.shape == v.shape))  # type: ignore[union-attr]
+        and not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k_cache, v_cache)))
+    )
+    if not fits:
+        return None
+    if k is not None and v is not None:
+        k_cache[:, :, length:end] = k
+        v_cache[:, :, length:end] = v
+    return F.scaled_dot_product_attention(
+        q,
+        k_cache[:, :, :end],
+        v_cache[:, :, :end],
+        is_causal=is_causal and rows > 1,
+        scale=scale,
+        enable_gqa=heads != kept[1],
+    )
 
 
 def _append(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastllm.benchmarks.harness import Case, dtype_name
+from fastllm.backends import use_backend
+from fastllm.benchmarks.harness import Case, Ready, dtype_name
 from fastllm.optim import AdamW
 from fastllm.testing import assert_within_budget, make, sample
 
@@ -31,52 +32,75 @@ def parameters(count: int, size: int, dtype: torch.dtype, device: str) -> list[T
 
 
 def check(dtype: torch.dtype, device: str, max_norm: float | None, options: dict[str, Any]) -> None:
-    """Three steps within the error budget of torch's, with the moments in the same dtype, against float64."""
-    stock = {"moment_dtype": options["moment_dtype"]} if options.get("moment_dtype") == torch.float32 else {}
-    results = []
-    for kind in ("ours", "truth", "eager"):
-        exact = kind == "truth"
+    """Three steps: with torch's options, within the error budget of torch's step against float64; with any others, what
+    the reference computes (which the tests compare with more)."""
+
+    def run(exact: bool, make_optimizer: Callable[[list[Tensor]], torch.optim.Optimizer], clip: bool) -> list[Tensor]:
         params = parameters(3, 1001, dtype, device)
         if exact:
             params = [p.detach().double().requires_grad_() for p in params]
-        optimizer = AdamW(params, max_norm=max_norm, **options) if kind == "ours" else torch.optim.AdamW(params)
+        optimizer = make_optimizer(params)
         for seed in range(3):
             for i, p in enumerate(params):
                 p.grad = make(p.shape, dtype, device, seed=100 * seed + i).to(p.dtype)
-            if kind != "ours" and max_norm is not None:
+            if clip and max_norm is not None:
                 torch.nn.utils.clip_grad_norm_(params, max_norm)
             optimizer.step()
-        results.append([p.detach() for p in params])
-    if not options or stock:
-        for ours, truth, eager in zip(*results, strict=True):
-            assert_within_budget(ours, truth, eager, name="parameter")
+        return [p.detach() for p in params]
+
+    def mine(params: list[Tensor]) -> AdamW:
+        return AdamW(params, max_norm=max_norm, **options)
+
+    ours = run(False, mine, False)
+    if options:
+        with use_backend("reference"):
+            expected = run(False, mine, False)
+        for a, b in zip(ours, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=torch.finfo(dtype).eps, atol=0)
+    else:
+        truth, eager = run(True, torch.optim.AdamW, True), run(False, torch.optim.AdamW, True)
+        for parts in zip(ours, truth, eager, strict=True):
+            assert_within_budget(*parts, name="parameter")
 
 
 def setup(
     count: int, size: int, dtype: torch.dtype, device: str, max_norm: float | None, options: dict[str, Any]
-) -> dict[str, Callable[[], Any]]:
+) -> dict[str, Ready]:
     check(dtype, device, max_norm, options)
-    make_parameters = functools.partial(parameters, count, size, dtype, device)
 
-    def stock(compiled: bool = False, **kwargs) -> Callable[[], Any]:
-        params = make_parameters()
-        optimizer = torch.optim.AdamW(params, **kwargs)
+    def ready(make_step: Callable[[list[Tensor]], Callable[[], Any]]) -> Ready:
+        params = parameters(count, size, dtype, device)
+        grads = [p.grad for p in params]
 
-        def step() -> None:
-            if max_norm is not None:
-                torch.nn.utils.clip_grad_norm_(params, max_norm)
-            optimizer.step()
+        def prepare() -> None:
+            # As after zero_grad() and a backward: every gradient in memory of its own, new at each step.
+            for p, grad in zip(params, grads, strict=True):
+                p.grad = None
+                p.grad = grad.clone()
 
-        return torch.compile(step) if compiled else step
+        return Ready(prepare, make_step(params))
 
-    calls = {
-        "fastllm": AdamW(make_parameters(), fused=device == "cuda", max_norm=max_norm, **options).step,
+    def stock(compiled: bool = False, **kwargs) -> Ready:
+        def make_step(params: list[Tensor]) -> Callable[[], Any]:
+            optimizer = torch.optim.AdamW(params, **kwargs)
+
+            def step() -> None:
+                if max_norm is not None:
+                    torch.nn.utils.clip_grad_norm_(params, max_norm)
+                optimizer.step()
+
+            return torch.compile(step) if compiled else step
+
+        return ready(make_step)
+
+    found = {
+        "fastllm": ready(lambda params: AdamW(params, fused=device == "cuda", max_norm=max_norm, **options).step),
         "eager": stock(),
         "torch fused": stock(fused=True),
     }
     if count == 1:  # 2,000 tensors take it minutes
-        calls["torch.compile"] = stock(compiled=True, **({"capturable": True} if device == "cuda" else {}))
-    return calls
+        found["torch.compile"] = stock(compiled=True, **({"capturable": True} if device == "cuda" else {}))
+    return found
 
 
 def case(

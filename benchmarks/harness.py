@@ -31,7 +31,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,6 +47,13 @@ MIN_ROUNDS, MAX_ROUNDS = 15, 300
 MUCH = 0.05  # of the CPUs for other processes: figures measured beside them are not to be relied on
 # GPU cycles that a stream is kept busy for before a timed call, while Python queues the call: about 0.3 ms.
 GPU_HEAD_START = 500_000
+
+
+class Ready(NamedTuple):
+    """A contender that needs no arguments: `prepare` is not timed."""
+
+    prepare: Callable[[], Any]
+    call: Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -66,8 +73,9 @@ class Case:
         kwargs: fastllm's keyword arguments; the rivals know theirs.
         check: draws the arguments that correctness is checked on, where those of `args` are too large for float64.
         inference: the op has no gradient.
-        setup: for what is not a function of tensors: checks correctness and returns what to call, by name, with
-            "fastllm" and "eager" among them. `args` are then for `fastllm.explain` only.
+        setup: for what is not a function of tensors: checks correctness and returns, by name, what to call before a
+            timed call and what to time, with "fastllm" and "eager" among them. `args` are then for `fastllm.explain`
+            only.
     """
 
     op: str
@@ -81,7 +89,7 @@ class Case:
     kwargs: dict[str, Any] = field(default_factory=dict)
     check: Callable[[], tuple] | None = None
     inference: bool = False
-    setup: Callable[[], dict[str, Callable[[], Any]]] | None = None
+    setup: Callable[[], dict[str, Ready]] | None = None
 
 
 @dataclass
@@ -152,14 +160,15 @@ class Race:
         except Exception as error:  # a rival may fail in any way; say so and go on
             self.skipped[name] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
-    def _add_ready(self, calls: dict[str, Callable[[], Any]]) -> None:
-        def ready(name: str, call: Callable[[], Any]) -> Contender:
-            call()  # compiles, and shows now rather than later what cannot run
-            return Contender(name, lambda: None, lambda _: call())
+    def _add_ready(self, found: dict[str, Ready]) -> None:
+        def contender(name: str, ready: Ready) -> Contender:
+            ready.prepare()
+            ready.call()  # compiles, and shows now rather than later what cannot run
+            return Contender(name, ready.prepare, lambda _: ready.call())
 
-        self.contenders.append(ready("fastllm", calls.pop("fastllm")))
-        for name, call in calls.items():
-            self._try(name, functools.partial(ready, name, call))
+        self.contenders.append(contender("fastllm", found.pop("fastllm")))
+        for name, ready in found.items():
+            self._try(name, functools.partial(contender, name, ready))
 
     def _add_functions(self, case: Case, args: tuple) -> None:
         op = functools.partial(getattr(ops, case.op), **case.kwargs) if case.kwargs else getattr(ops, case.op)

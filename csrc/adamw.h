@@ -41,7 +41,7 @@ struct AdamwTensors {
 // What cpu/adamw.cpp and cuda/adamw.cpp implement, each in its own shared object.
 bool adamw_has_kernel(const AdamwTypes& types);
 void run_adamw_step(AdamwTensors tensors, const AdamwCall& call, const AdamwDevice& device, const Tensor& like);
-// Called once for a table that will be kept.
+// Called for the first table of parameters that will be updated again and again.
 void prepare_adamw(AdamwTensors tensors);
 // Writes the norm of all the tensors' gradients, whose other pointers are null, to one float.
 void run_adamw_norm(AdamwTensors tensors, const Tensor& norm);
@@ -73,9 +73,9 @@ inline bool is_dense(const Tensor& t) {
   return true;
 }
 
-// Whether two tensors of one shape have their elements in the same order. Both are dense.
-inline bool same_order(const Tensor& a, const Tensor& b) {
-  const auto sizes = a.sizes(), x = a.strides(), y = b.strides();
+// Whether a tensor has its elements where a dense one of the same shape has them.
+inline bool same_order(const Tensor& t, const Tensor& dense) {
+  const auto sizes = t.sizes(), x = t.strides(), y = dense.strides();
   for (size_t d = 0; d < sizes.size(); ++d) {
     if (sizes[d] != 1 && x[d] != y[d]) {
       return false;
@@ -84,16 +84,28 @@ inline bool same_order(const Tensor& a, const Tensor& b) {
   return true;
 }
 
-// How one parameter's tensors are read: all as they lie in memory, or contiguous copies of those that are not.
+// Whether an element of memory is more than one of the tensor, as after expand.
+inline bool shares_elements(const Tensor& t) {
+  const auto sizes = t.sizes(), strides = t.strides();
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (sizes[d] > 1 && strides[d] == 0) {
+      return true;
+    }
+  }
+  return false;
+}
+
+// Reads one parameter's tensors, all in the order of `dense`: as they lie, or as copies where their order is another.
 class AdamwReader {
  public:
-  AdamwReader(AdamwTable& table, bool as_they_lie) : table_(table), as_they_lie_(as_they_lie) {}
+  AdamwReader(AdamwTable& table, const Tensor& dense) : table_(table), dense_(dense) {}
 
   void* operator()(const Tensor& t, bool written) {
-    if (as_they_lie_ || t.is_contiguous()) {
+    if (same_order(t, dense_)) {
       return t.mutable_data_ptr();
     }
-    Tensor copy = torch::stable::contiguous(t);
+    Tensor copy = torch::stable::to(torch::stable::empty_like(dense_), t.scalar_type());
+    torch::stable::copy_(copy, t);
     table_.kept.push_back(copy);
     if (written) {
       table_.copied.emplace_back(t, copy);
@@ -103,8 +115,13 @@ class AdamwReader {
 
  private:
   AdamwTable& table_;
-  bool as_they_lie_;
+  const Tensor& dense_;
 };
+
+// A tensor whose order the others are read in: the first of these that is dense, else a contiguous one.
+inline Tensor adamw_order(const Tensor& param, const Tensor& exp_avg) {
+  return is_dense(param) ? param : is_dense(exp_avg) ? exp_avg : torch::stable::contiguous(param);
+}
 
 inline void check_adamw(bool ok, const char* what, size_t index, const Tensor& got, const Tensor& param) {
   if (!ok) {
@@ -161,9 +178,9 @@ inline AdamwTable adamw_table(const AdamwLists& l, const std::vector<int64_t>& i
         l.max_exp_avg_sqs.empty() ? nullptr : &l.max_exp_avg_sqs[i],
         l.masters.empty() ? nullptr : &l.masters[i]};
     const char* names[] = {"grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master"};
+    check_adamw(same_device(param, l.params[0]), "parameter", i, l.params[0], param);
     const auto moment = l.exp_avgs[i].scalar_type();
     const bool quantized = moment == ScalarType::Byte;
-    bool as_they_lie = is_dense(param);
     for (int part = 0; part < 5; ++part) {
       if (parts[part] == nullptr) {
         continue;
@@ -175,12 +192,22 @@ inline AdamwTable adamw_table(const AdamwLists& l, const std::vector<int64_t>& i
                                  : dtype == ScalarType::Float ||
                                        (dtype == ScalarType::Short && param.scalar_type() == ScalarType::BFloat16));
       check_adamw(of_type && same_shape(t, param) && same_device(t, param), names[part], i, t, param);
-      as_they_lie = as_they_lie && same_order(t, param);
     }
     if (param.scalar_type() == ScalarType::Float) {
       parts[4] = nullptr;  // is its own master
     }
-    AdamwReader read(table, as_they_lie);
+    const Tensor dense = adamw_order(param, l.exp_avgs[i]);
+    STD_TORCH_CHECK(
+        !quantized || (same_order(l.exp_avgs[i], dense) && same_order(l.exp_avg_sqs[i], dense)),
+        "fastllm: adamw: the 8-bit moments of parameter ",
+        i,
+        " lie in another order than it does, and so do their scales");
+    STD_TORCH_CHECK(
+        !write_grads || !shares_elements(l.grads[i]),
+        "fastllm: adamw: gradient ",
+        i,
+        " is to be divided by grad_scale in place, but its elements share memory");
+    AdamwReader read(table, dense);
     AdamwTensor t{};
     t.numel = param.numel();
     t.mark = kAdamwMark;
@@ -347,13 +374,14 @@ inline Tensor adamw_table_of(
     const TensorList& masters,
     const TensorList& exp_avg_scales,
     const TensorList& exp_avg_sq_scales,
-    const std::vector<int64_t>& indices) {
+    const std::vector<int64_t>& indices,
+    bool first) {
   const AdamwLists lists{
       params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, masters, exp_avg_scales, exp_avg_sq_scales};
   check_lists(lists, indices);
   AdamwTable table;
   if (adamw_supported(params, grads, exp_avgs)) {
-    table = adamw_table(lists, indices, true);
+    table = adamw_table(lists, indices, false);
   }
   if (!table.kept.empty()) {
     table = {};
@@ -362,7 +390,9 @@ inline Tensor adamw_table_of(
   const Tensor rows = torch::stable::empty(
       {size, 2}, ScalarType::Long, std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU));
   if (!table.tensors.empty()) {
-    prepare_adamw({table.tensors.data(), size[0]});
+    if (first) {
+      prepare_adamw({table.tensors.data(), size[0]});
+    }
     std::memcpy(rows.mutable_data_ptr(), table.tensors.data(), table.tensors.size() * sizeof(AdamwTensor));
   }
   return rows;
@@ -412,10 +442,12 @@ inline Tensor adamw_norm(const TensorList& grads) {
       return call_fallback<1>("adamw_norm", grads)[0];
     }
     STD_TORCH_CHECK(same_device(grad, grads[0]), "fastllm: adamw_norm: gradients on different devices");
-    AdamwReader read(table, is_dense(grad));
     AdamwTensor t{};
     t.numel = grad.numel();
-    t.grad = read(grad, false);
+    if (!is_dense(grad)) {
+      table.kept.push_back(torch::stable::contiguous(grad));
+    }
+    t.grad = (is_dense(grad) ? grad : table.kept.back()).mutable_data_ptr();
     t.types.grad = dtype_of(grad);
     table.tensors.push_back(t);
   }

@@ -119,6 +119,43 @@ def tensor_parallel(rank: int, world: int, folder: Path) -> None:
     assert placements == {Shard, Replicate}
 
 
+def two_dimensions(rank: int, world: int, folder: Path) -> None:
+    """FSDP over tensor parallelism, and hybrid sharding: the norm counts every element once."""
+    alone = make_model(8)
+    expected = train(alone, make_optimizer(alone), range(BATCHES))
+    for kind in ("fsdp of tp", "hsdp"):
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
+        model = make_model(8)
+        if kind == "fsdp of tp":
+            plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+            parallelize_module(model, mesh["inner"], plan)
+            fully_shard(model, mesh=mesh["outer"])
+            part, parts = rank // 2, 2
+        else:
+            fully_shard(model, mesh=mesh)
+            part, parts = rank, 4
+        optimizer = make_optimizer(model)
+        norms = train(model, optimizer, range(BATCHES), part, parts)
+        torch.testing.assert_close(torch.tensor(norms), torch.tensor(expected), rtol=1e-5, atol=0)
+        for a, b in zip(whole(model), whole(alone), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def stochastic(rank: int, world: int, folder: Path) -> None:
+    """Shards draw different numbers; replicas the same."""
+    mesh = init_device_mesh("cpu", (world,))
+    for placement in (Shard(0), Replicate()):
+        values = torch.ones(2 * world * 500, dtype=torch.bfloat16)
+        param = torch.nn.Parameter(distribute_tensor(values, mesh, [placement]))
+        optimizer = AdamW([param], lr=1e-3, stochastic_rounding=True, moment_dtype=torch.float32)
+        param.grad = distribute_tensor(torch.ones_like(values), mesh, [placement])
+        optimizer.step()
+        locals_ = [torch.empty_like(param.to_local()) for _ in range(world)]
+        dist.all_gather(locals_, param.to_local().detach().contiguous())
+        same = torch.equal(locals_[0], locals_[1])
+        assert same == (placement == Replicate())
+
+
 def placed(rank: int, world: int, folder: Path) -> None:
     """A gradient placed otherwise than its parameter is brought to it."""
     mesh = init_device_mesh("cpu", (world,))
@@ -132,6 +169,10 @@ def placed(rank: int, world: int, folder: Path) -> None:
     AdamW([plain], max_norm=1.0).step()
     torch.testing.assert_close(param.full_tensor(), plain, rtol=1e-6, atol=0)
     torch.testing.assert_close(optimizer.grad_norm, torch.tensor(24.0).sqrt())
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(4.0), torch.tensor(0.0)
+    param.grad = distribute_tensor(grads, mesh, [Replicate()])
+    optimizer.step()
+    torch.testing.assert_close(param.grad.full_tensor(), grads / 4)
 
 
 def _sharded(kwargs: dict) -> tuple[torch.nn.Module, AdamW]:

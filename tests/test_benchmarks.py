@@ -66,7 +66,8 @@ def test_a_case_that_sets_itself_up():
     figures = race.result(0.0)["contenders"]
     assert set(figures) == {"fastllm", "eager", "torch fused"}
     assert race.backend in ("cpu", "reference")
-    race = harness.Race(dataclasses.replace(case, setup=lambda: {"fastllm": list, "bad": lambda: 1 / 0}), "cpu", 0.01)
+    contenders = {"fastllm": harness.Ready(list, list), "bad": harness.Ready(list, lambda: 1 / 0)}
+    race = harness.Race(dataclasses.replace(case, setup=lambda: dict(contenders)), "cpu", 0.01)
     assert "ZeroDivisionError" in race.skipped["bad"]
 
 

@@ -340,6 +340,18 @@ def test_overlapping_parameters_are_an_error():
         AdamW([base[10:20].requires_grad_(), base[:50].view(torch.int32).view(torch.bfloat16)[30:60].requires_grad_()])
 
 
+def test_parameters_without_memory_are_taken():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    freed = [torch.nn.Parameter(torch.zeros(4)) for _ in range(2)]
+    for param in freed:
+        param.untyped_storage().resize_(0)
+    AdamW(freed)
+    with FakeTensorMode():
+        AdamW(torch.nn.Linear(4, 4).parameters())
+    AdamW(torch.nn.Linear(4, 4, device="meta").parameters())
+
+
 def test_views_that_do_not_overlap_are_fine():
     base = torch.randn(6, 100)
     flat = [base[0], base[1], base[2:4, ::2], base[2:4, 1::2]]
@@ -372,6 +384,18 @@ def test_clipping_equals_clip_grad_norm(max_norm):
     for a, b in zip(*lists, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
     assert AdamW(parameters()).grad_norm is None
+
+
+def test_grad_scaler_with_an_expanded_gradient():
+    """As .sum() sends back: unscaled, it is written, so it gets memory of its own."""
+    params, stock = parameters(shapes=((6, 5),)), parameters(shapes=((6, 5),))
+    for kind, (param,) in zip((AdamW, torch.optim.AdamW), (params, stock), strict=True):
+        optimizer = kind([param], fused=True)
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(4.0), torch.tensor(0.0)
+        param.grad = torch.ones(1, 5).expand(6, 5) if kind is AdamW else torch.ones(6, 5)
+        optimizer.step()
+    assert_equal(params, stock)
+    assert torch.equal(params[0].grad, torch.full((6, 5), 0.25))
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
@@ -694,6 +718,40 @@ def test_states_of_other_options_are_converted():
                 torch.testing.assert_close(p, q, rtol=2**-7, atol=2e-4)
 
 
+def test_8_bit_state_of_another_memory_format():
+    """Its scales belong to blocks in the order of memory: it is coded anew for a parameter in another."""
+    weight = torch.randn(8, 16, 9, 9, generator=torch.Generator().manual_seed(0))
+    first = torch.nn.Parameter(weight.clone().to(memory_format=torch.channels_last))
+    saved = AdamW([first], lr=1e-2, moment_dtype=torch.uint8)
+    whole = torch.nn.Parameter(weight.clone())
+    exact = AdamW([whole], lr=1e-2)
+    spread = 10 ** torch.randn(8, 16, 1, 1, generator=torch.Generator().manual_seed(9))
+    for seed in range(5):
+        for param, optimizer in ((first, saved), (whole, exact)):
+            param.grad = (torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed)) * spread).to(
+                memory_format=torch.channels_last if param is first else torch.contiguous_format
+            )
+            optimizer.step()
+    second = torch.nn.Parameter(first.detach().contiguous())
+    loaded = AdamW([second], lr=1e-2, moment_dtype=torch.uint8)
+    loaded.load_state_dict(through_disk(saved.state_dict()))
+    params = (first, second, whole)
+    before = [p.detach().clone() for p in params]
+    for param, optimizer in zip(params, (saved, loaded, exact), strict=True):
+        param.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(6)) * spread
+        optimizer.step()
+    stayed, moved, true = (p.detach() - b for p, b in zip(params, before, strict=True))
+    assert float((moved - true).norm()) < 1.2 * float((stayed - true).norm())
+
+
+def test_a_checkpoint_that_does_not_fit_the_options_is_an_error():
+    params = parameters()
+    saved = torch.optim.AdamW(params, amsgrad=True)
+    run(saved, range(2))
+    with pytest.raises(ValueError, match="does not go with amsgrad"):
+        AdamW(parameters(), moment_dtype=torch.uint8).load_state_dict(saved.state_dict())
+
+
 def test_masters_survive_their_other_form():
     params = parameters(torch.bfloat16)
     saved = AdamW(params, master_weights="float32")
@@ -797,6 +855,59 @@ def test_whatever_moves_between_steps_is_found():
         with fastllm.use_backend("reference"):
             reference.step()
         assert_equal(*lists)
+
+
+def test_a_parameter_that_changes_its_shape_or_order_at_the_same_address():
+    lists = [[torch.nn.Parameter(torch.randn(64, 32, generator=torch.Generator().manual_seed(0)))] for _ in range(2)]
+    optimizers = [AdamW(lists[0]), AdamW(lists[1])]
+
+    def step(seed: int) -> None:
+        for (param,), optimizer, backend in zip(lists, optimizers, (None, "reference"), strict=True):
+            param.grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(seed))
+            with fastllm.use_backend(backend):
+                optimizer.step()
+        assert_equal(*lists)
+
+    step(0)
+    for (param,), optimizer in zip(lists, optimizers, strict=True):
+        param.grad = None
+        param.data = param.data.t()
+        for key in ("exp_avg", "exp_avg_sq"):
+            optimizer.state[param][key] = optimizer.state[param][key].t()
+    step(1)
+    whole = [param.data.t() for (param,) in lists]
+    for (param,), data, optimizer in zip(lists, whole, optimizers, strict=True):
+        param.grad = None
+        param.data = data[:16]
+        for key in ("exp_avg", "exp_avg_sq"):
+            optimizer.state[param][key] = optimizer.state[param][key].t()[:16]
+    rest = whole[0][16:].clone()
+    step(2)
+    assert torch.equal(whole[0][16:], rest), "no element past the end"
+
+
+def test_one_table_serves_other_memory_formats(monkeypatch):
+    """channels_last, and a first gradient that no table can be made for."""
+    from fastllm.optim import adamw as module
+
+    made = []
+    make_table = module.make_table
+    monkeypatch.setattr(module, "make_table", lambda *args: made.append(1) or make_table(*args))
+    param = torch.nn.Parameter(torch.randn(4, 3, 5, 6).to(memory_format=torch.channels_last))
+    optimizer = AdamW([param])
+    for _ in range(5):
+        param.grad = torch.randn_like(param)
+        optimizer.step()
+    assert len(made) == (1 if fastllm._ext.C else 0)
+    made.clear()
+    other = torch.nn.Parameter(torch.randn(10, 10))
+    optimizer = AdamW([other])
+    other.grad = torch.ones(10, 1).expand(10, 10)
+    optimizer.step()
+    for _ in range(5):
+        other.grad = torch.ones(10, 10)
+        optimizer.step()
+    assert len(made) == (2 if fastllm._ext.C else 0)
 
 
 def test_small_states_share_memory_and_large_ones_do_not():

@@ -37,9 +37,13 @@ def run(case: str, folder: Path, world: int = 2) -> None:
         assert "passed" in output
 
 
-@pytest.mark.parametrize("case", ["fsdp", "masters", "tensor_parallel", "placed"])
+@pytest.mark.parametrize("case", ["fsdp", "masters", "tensor_parallel", "placed", "stochastic"])
 def test_two_ranks(case, tmp_path):
     run(case, tmp_path)
+
+
+def test_four_ranks_in_two_dimensions(tmp_path):
+    run("two_dimensions", tmp_path, 4)
 
 
 @pytest.mark.parametrize(("saved_by", "loaded_by"), [(2, 1), (1, 2), (2, 2)])

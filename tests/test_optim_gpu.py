@@ -36,7 +36,7 @@ def test_a_captured_step(options):
     lists = [parameters(torch.bfloat16) for _ in range(2)]
     lr = torch.tensor(1e-2, device="cuda")
     captured = AdamW(lists[0], lr=lr, capturable=True, max_norm=1.0, **options)
-    plain = AdamW(lists[1], lr=1e-2, max_norm=1.0, **options)
+    plain = AdamW(lists[1], lr=float(lr), max_norm=1.0, **options)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for seed in range(3):
@@ -106,7 +106,37 @@ def test_deterministic():
         assert_equal(first, result)
 
 
-def test_another_device_and_stream():
+def test_parameters_on_both_devices():
+    """The norm is one; what each device needs of the other's has arrived before it is read."""
+    for _ in range(20):
+        both = parameters()
+        host = [torch.nn.Parameter(p.detach().cpu()) for p in both]
+        for h, p in zip(host, both, strict=True):
+            h.grad = p.grad.cpu()
+        alone = [torch.nn.Parameter(p.detach().clone()) for p in both]
+        for a, p in zip(alone, both, strict=True):
+            a.grad = p.grad.clone()
+        mixed = [*both[:2], *host[2:]]
+        optimizer, reference = AdamW(mixed, max_norm=0.1), AdamW(alone, max_norm=0.1)
+        optimizer.step()
+        reference.step()
+        torch.testing.assert_close(optimizer.grad_norm, reference.grad_norm, rtol=1e-6, atol=0)
+        for a, b in zip(mixed, alone, strict=True):
+            torch.testing.assert_close(a.detach().cpu(), b.detach().cpu(), rtol=1e-5, atol=1e-7)
+
+
+def test_capturable_may_be_asked_for_later():
+    params = parameters()
+    optimizer = AdamW(params)
+    optimizer.step()
+    assert optimizer.state[params[0]]["step"].device.type == "cpu"
+    optimizer.param_groups[0]["capturable"] = True
+    optimizer.step()
+    step = optimizer.state[params[0]]["step"]
+    assert (step.device.type, float(step)) == ("cuda", 2.0)
+
+
+def test_another_stream():
     stream = torch.cuda.Stream()
     lists = [parameters() for _ in range(2)]
     torch.cuda.synchronize()

@@ -75,7 +75,6 @@ void prepare_adamw(AdamwTensors tensors) {
     const int64_t moment = t.types.quantized ? 1 : bytes(t.types.moment);
     const std::pair<void*, int64_t> parts[] = {
         {t.param, bytes(t.types.param)},
-        {t.grad, bytes(t.types.grad)},
         {t.exp_avg, moment},
         {t.exp_avg_sq, moment},
         {t.max_exp_avg_sq, moment},

@@ -76,7 +76,8 @@ _norm = Op(
 # traces calls `step_op`.
 LIBRARY.define(
     "adamw_table(Tensor[] params, Tensor[] grads, Tensor[] exp_avgs, Tensor[] exp_avg_sqs, Tensor[] max_exp_avg_sqs, "
-    "Tensor[] steps, Tensor[] masters, Tensor[] exp_avg_scales, Tensor[] exp_avg_sq_scales, int[] indices) -> Tensor"
+    "Tensor[] steps, Tensor[] masters, Tensor[] exp_avg_scales, Tensor[] exp_avg_sq_scales, int[] indices, bool first) "
+    "-> Tensor"
 )
 LIBRARY.define(
     "adamw_table_step(Tensor(a!) like, Tensor table, Tensor? grad_norm, Tensor? grad_scale, Tensor? found_inf, "
@@ -182,8 +183,8 @@ def adamw(
             bfloat16, int16, the 16 bits that this lost (join and split in csrc/math/adamw.h). Empty without.
         exp_avg_scales, exp_avg_sq_scales: for moments of uint8, a float32 for each 256 elements.
         stochastic_rounding: round 16-bit parameters up or down at random, right on average.
-        seed, indices: of those random numbers: they depend on (seed, t, index of the parameter, element), nothing else.
-            Default of indices: 0, 1, ...
+        seed, indices: of those random numbers: they depend on (seed, t, index of the parameter, element in the order
+            of memory) alone. Default of indices: 0, 1, ...
 
     Raises:
         ValueError: for lists of different lengths, and for a tensor that does not fit its parameter in shape.
@@ -204,6 +205,8 @@ def adamw(
         if len(values) != len(params) and (name in required or len(values)):
             raise ValueError(f"adamw: {name} has {len(values)} entries for {len(params)} parameters")
     for i, param in enumerate(params):
+        if param.device != params[0].device:
+            raise ValueError(f"adamw: params[{i}] is on {param.device}, params[0] on {params[0].device}")
         _check(i, param, {name: values[i] for name, values in lists.items() if values})
     for name, value in {"grad_scale": grad_scale, "found_inf": found_inf, "grad_norm": grad_norm}.items():
         if value is not None and value.numel() != 1:

@@ -9,6 +9,14 @@ import torch
 from torch import Tensor
 
 
+def _address(x: Tensor) -> int:
+    """Where the storage of a tensor with elements lies; 0 for one without memory (freed, fake, on the meta device)."""
+    if not x.numel() or x.device.type == "meta" or type(x) not in (Tensor, torch.nn.Parameter):
+        return 0
+    storage = x.untyped_storage()
+    return storage.data_ptr() if storage.nbytes() else 0
+
+
 def _span(x: Tensor) -> tuple[int, int]:
     """The first element of its storage that a view touches, and the one after the last."""
     offset = int(x.storage_offset())
@@ -19,8 +27,9 @@ def check_overlap(params: Sequence[Tensor]) -> None:
     """Raises ValueError if an element of memory belongs to two parameters, or twice to one."""
     by_storage: dict[int, list[tuple[int, Tensor]]] = defaultdict(list)
     for i, param in enumerate(params):
-        if param.numel():
-            by_storage[param.untyped_storage().data_ptr()].append((i, param))
+        address = _address(param)
+        if address:
+            by_storage[address].append((i, param))
     for shared in by_storage.values():
         if len(shared) == 1 and 0 not in (stride for _, p in shared for stride in p.stride()):
             continue

@@ -100,10 +100,14 @@ def adopt(param: Tensor, saved: Mapping[str, Any], options: Options) -> dict[str
         signed = name == "exp_avg"
         if dtype == torch.uint8:
             if f"{name}_code" in saved:
-                state[f"{name}_code"] = saved[f"{name}_code"].to(param.device)
-                state[f"{name}_scale"] = saved[f"{name}_scale"].to(param.device)
+                code, scale = (saved[f"{name}{suffix}"].to(param.device) for suffix in ("_code", "_scale"))
+                if code.stride() != torch.empty_like(param).stride():
+                    # Blocks follow the order of memory, and that is another.
+                    moment = torch.empty_like(param, dtype=torch.float32).copy_(dequantize(code, scale, signed))
+                    code, scale = quantize(moment, signed)
+                state[f"{name}_code"], state[f"{name}_scale"] = code, scale
             elif name in saved:
-                moment = saved[name].to(device=param.device, dtype=torch.float32)
+                moment = torch.empty_like(param, dtype=torch.float32).copy_(saved[name])
                 state[f"{name}_code"], state[f"{name}_scale"] = quantize(moment, signed)
         elif f"{name}_code" in saved:
             state[name] = dequantize(saved[f"{name}_code"], saved[f"{name}_scale"], signed).to(param.device, dtype)

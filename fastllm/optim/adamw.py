@@ -27,12 +27,15 @@ class _Plan(NamedTuple):
 
 
 def _plan(params: list[Tensor]) -> _Plan:
-    # One call for a device, and one for what has no kernel, so that a float64 parameter slows only itself.
+    # One call a device and dtype, so that what has no kernel (float64, say) slows only itself.
     dtensor = _dtensor()
     parts: dict[Any, list[int]] = {}
     for i, param in enumerate(params):
-        parts.setdefault((param.device, param.dtype in (torch.float64, torch.complex128)), []).append(i)
+        parts.setdefault((param.device, param.dtype), []).append(i)
     return _Plan(params, any(p.is_complex() or isinstance(p, dtensor) for p in params), list(parts.values()))
+
+
+SHARD_SHIFT = 20  # in the index that random numbers are drawn by, above the parameter's place
 
 
 @dataclass
@@ -43,8 +46,8 @@ class _Table:
     tensors: list[Tensor]  # all but the gradients
     addresses: list[int]
     grad_addresses: list[int]
-    dtypes: list[torch.dtype]  # the gradients'
-    dense: bool  # parameters are contiguous, so that contiguous gradients fit them
+    kinds: list[Any]  # dtypes and numbers of elements of the gradients, which are the parameters'
+    strides: list[Any] | None  # of parameters and gradients, if not all of them are contiguous
 
 
 @dataclass
@@ -96,12 +99,25 @@ def _plain(x: Tensor) -> Tensor:
     return torch.view_as_real(x) if x.is_complex() else x
 
 
-def _as_placed(grad: Tensor, param: Tensor) -> Tensor:
-    """The gradient of a DTensor, placed as the parameter is."""
-    dtensor = _dtensor()
+def _place_grad(param: Tensor) -> Tensor:
+    """The gradient; that of a DTensor is moved to where the parameter is placed, and stays there."""
+    dtensor, grad = _dtensor(), param.grad
+    assert grad is not None
     if isinstance(grad, dtensor) and isinstance(param, dtensor) and grad.placements != param.placements:  # type: ignore[attr-defined]
-        return grad.redistribute(param.device_mesh, param.placements)  # type: ignore[attr-defined]
+        grad = param.grad = grad.redistribute(param.device_mesh, param.placements)  # type: ignore[attr-defined]
     return grad
+
+
+def _shard_number(param: Tensor) -> int:
+    """Which of a DTensor's different shards is this rank's; 0 for others."""
+    if not isinstance(param, _dtensor()):
+        return 0
+    number = 0
+    mesh = param.device_mesh  # type: ignore[attr-defined]
+    for dim, placement in enumerate(param.placements):  # type: ignore[attr-defined]
+        if not placement.is_replicate():
+            number = number * mesh.size(dim) + mesh.get_local_rank(dim)
+    return number
 
 
 def _total_norm(batches: list[_Batch], grad_scale: Tensor | None) -> Tensor:
@@ -116,14 +132,14 @@ def _norms(batch: _Batch) -> list[Tensor]:
     dtensor = _dtensor()
     if not any(isinstance(param, dtensor) for param in batch.params):
         return [grad_norm(batch.grads)]
-    from torch.distributed.tensor import Partial, Replicate, Shard
+    from torch.distributed.tensor import Partial, Replicate
 
     # Those that are cut alike over the same mesh are added up together; every shard counts once.
     alike: dict[Any, list[Tensor]] = {}
     for param, grad in zip(batch.params, batch.grads, strict=True):
         key = None
         if isinstance(param, dtensor):
-            cut = tuple(isinstance(placement, Shard) for placement in param.placements)  # type: ignore[attr-defined]
+            cut = tuple(not placement.is_replicate() for placement in param.placements)  # type: ignore[attr-defined]
             key = (param.device_mesh, cut)  # type: ignore[attr-defined]
         alike.setdefault(key, []).append(grad)
     norms = []
@@ -187,7 +203,8 @@ class AdamW(torch.optim.AdamW):
             agree), to the nearest float16, ties to even. Whoever changes a parameter afterwards must delete its
             "master".
         stochastic_rounding: round parameters of 16 bits up or down at random, right on average: no memory at all. The
-            random numbers depend on (seed, step, index of the parameter, element), and on nothing else.
+            random numbers depend on (seed, step, index of the parameter, shard of a DTensor, element in the order of
+            memory), and on nothing else: not on devices, threads or launches.
         moment_dtype: of m and v: a floating dtype, or torch.uint8 for blocks of 256 elements that share a scale, in 8
             bits each (keys "exp_avg_code", "exp_avg_scale", "exp_avg_sq_code", "exp_avg_sq_scale"; not with amsgrad,
             nor for DTensors). Default: as torch, the parameter's; float32 with master_weights.
@@ -248,6 +265,7 @@ class AdamW(torch.optim.AdamW):
         self.seed = seed
         self.grad_norm: Tensor | None = None
         self._loading: Mapping[str, Any] | None = None
+        self._made = False  # groups are added one by one until then, and checked against each other once
         self._plans: dict[int, _Plan] = {}
         self._tables: dict[int, _Table] = {}
         super().__init__(
@@ -262,6 +280,8 @@ class AdamW(torch.optim.AdamW):
             capturable=capturable,
             fused=fused,
         )
+        self._made = True
+        self._check_overlap()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's, and refuses parameters that are given twice, overlap in memory, or do not fit the options."""
@@ -277,6 +297,8 @@ class AdamW(torch.optim.AdamW):
         group = self.param_groups[-1]
         try:
             self._check_group(group)
+            if self._made:
+                self._check_overlap()
         except ValueError:
             self.param_groups.pop()
             raise
@@ -294,7 +316,9 @@ class AdamW(torch.optim.AdamW):
             raise ValueError("AdamW: moment_dtype=torch.uint8 does not go with amsgrad")
         if group["differentiable"]:
             raise ValueError("AdamW: differentiable=True needs torch.optim.AdamW: a fused step has no gradient")
-        check_overlap([_plain(p.detach()) for g in self.param_groups for p in g["params"] if p.device.type != "meta"])
+
+    def _check_overlap(self) -> None:
+        check_overlap([_plain(p.detach()) for group in self.param_groups for p in group["params"]])
 
     # State
 
@@ -305,7 +329,7 @@ class AdamW(torch.optim.AdamW):
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ["max_norm", "skip_nonfinite", "master_weights", "stochastic_rounding", "moment_dtype", "seed"]
-        kept += ["grad_norm", "_loading"]
+        kept += ["grad_norm", "_loading", "_made"]
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -313,6 +337,8 @@ class AdamW(torch.optim.AdamW):
         self._plans, self._tables = {}, {}
         if self._loading is not None:
             # torch's load_state_dict casts every floating tensor to the parameter's dtype: take what was saved.
+            for group in self.param_groups:
+                self._check_group(group)
             saved = chain.from_iterable(group["params"] for group in self._loading["param_groups"])
             places = ((group, param) for group in self.param_groups for param in group["params"])
             for number, (group, param) in zip(saved, places, strict=True):
@@ -356,6 +382,11 @@ class AdamW(torch.optim.AdamW):
                 loss = closure()
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         batches, first = [], 0
+        if grad_scale is not None:
+            for param in chain.from_iterable(group["params"] for group in self.param_groups):
+                # Unscaled in place below, where every element must have memory of its own.
+                if param.grad is not None and not param.grad.is_sparse and 0 in param.grad.stride():
+                    param.grad = param.grad.contiguous()
         for group in self.param_groups:
             batches += self._collect(group, first)
             first += len(group["params"])
@@ -388,7 +419,9 @@ class AdamW(torch.optim.AdamW):
         batch = _Batch(group, params, grads, states, indices, params, plan.special)
         if plan.special:
             batch.tensors = [_plain(param) for param in params]
-            batch.grads = [_plain(_as_placed(grad, param)) for grad, param in zip(grads, params, strict=True)]
+            batch.grads = [_plain(_place_grad(param)) for param in params]
+            # Shards are other elements: they draw other random numbers.
+            batch.indices = [i + (_shard_number(p) << SHARD_SHIFT) for i, p in zip(indices, params, strict=True)]
         return [batch] if len(plan.parts) == 1 else [batch.part(at) for at in plan.parts]
 
     def _table(self, batch: _Batch, lists: Sequence[list[Tensor]]) -> Tensor | None:
@@ -400,28 +433,27 @@ class AdamW(torch.optim.AdamW):
         params, grads, *others = lists
         tensors = list(chain(params, *others))
         try:
-            dense = all(map(Tensor.is_contiguous, grads))
+            contiguous = all(map(Tensor.is_contiguous, params)) and all(map(Tensor.is_contiguous, grads))
             addresses, grad_addresses = (list(map(Tensor.data_ptr, some)) for some in (tensors, grads))
         except RuntimeError:  # of a sparse gradient: the op says what it thinks of it
             return None
-        dtypes = [grad.dtype for grad in grads]
+        kinds = [grad.dtype for grad in grads] + list(map(Tensor.numel, grads))
+        strides = None if contiguous else [x.stride() for x in chain(params, grads)]
         table = self._tables.get(batch.indices[0])
         if (
             table is not None
-            and dense
-            and table.dense
             and table.addresses == addresses
             and len(table.tensors) == len(tensors)
             and all(map(operator.is_, table.tensors, tensors))
-            and table.dtypes == dtypes
+            and table.kinds == kinds
+            and table.strides == strides
         ):
             if len(table.rows) and table.grad_addresses != grad_addresses:
                 table.rows[:, TABLE_GRAD] = torch.tensor(grad_addresses)
                 table.grad_addresses = grad_addresses
         else:
-            rows = make_table(*lists, batch.indices)
-            dense = all(map(Tensor.is_contiguous, params))
-            table = _Table(rows, tensors, addresses, grad_addresses, dtypes, dense)
+            rows = make_table(*lists, batch.indices, table is None)
+            table = _Table(rows, tensors, addresses, grad_addresses, kinds, strides)
             self._tables[batch.indices[0]] = table
         return table.rows if len(table.rows) else None
 
@@ -442,6 +474,11 @@ class AdamW(torch.optim.AdamW):
             batch.get("exp_avg_sq_scale") if quantized else [],
         )
         steps_apart = steps[0].device != device
+        if steps_apart and (group["capturable"] or group["fused"]):  # asked for after the first step
+            for state in batch.states:
+                state["step"] = state["step"].to(device)
+            lists = (*lists[:5], batch.get("step"), *lists[6:])
+            steps_apart = False
         if found_inf is not None and steps_apart:
             # `step` lives on the host, which must know whether there is one.
             if found_inf.item():
@@ -450,7 +487,9 @@ class AdamW(torch.optim.AdamW):
         lr, (beta1, beta2) = group["lr"], group["betas"]
         on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"
         scalars = (norm, grad_scale, found_inf, lr if on_device else None)
-        on = [None if x is None else x.to(device, torch.float32, non_blocking=True) for x in scalars]
+        # To the CPU, the copy must have arrived before it is read.
+        wait_not = device.type != "cpu"
+        on = [None if x is None else x.to(device, torch.float32, non_blocking=wait_not) for x in scalars]
         hyper = (
             0.0 if on_device else float(lr),
             float(beta1),

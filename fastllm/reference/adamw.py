@@ -64,7 +64,7 @@ def adamw_step(
         grad = grads[i]
         if grad_scale is not None:
             grad.copy_(grad.to(acc) / grad_scale)
-        layout = _Layout(param, [grad, exp_avgs[i], exp_avg_sqs[i], *max_exp_avg_sqs[i : i + 1], *masters[i : i + 1]])
+        layout = _Layout(param, exp_avgs[i])
         g = layout.flat(grad).to(acc)
         if grad_norm is not None:
             g = g * (max_norm / (grad_norm + 1e-6)).clamp(max=1.0)
@@ -117,13 +117,15 @@ def adamw_step(
 
 
 class _Layout:
-    """Tensors of one shape as vectors: in the order of memory where it is one for all, else in that of the indices."""
+    """Tensors of one shape as vectors, in the order of memory of the first that is dense, else in that of indices."""
 
-    def __init__(self, param: Tensor, others: list[Tensor]):
-        order = sorted(range(param.dim()), key=lambda d: (param.stride(d), param.shape[d]), reverse=True)
-        dense = param.permute(order).is_contiguous()
-        same = all(_strides(other) == _strides(param) for other in others)
-        self.order = order if dense and same else list(range(param.dim()))
+    def __init__(self, *tensors: Tensor):
+        self.order = list(range(tensors[0].dim()))
+        for x in tensors:
+            order = sorted(range(x.dim()), key=lambda d, x=x: (x.stride(d), x.shape[d]), reverse=True)  # type: ignore[misc]
+            if x.permute(order).is_contiguous():
+                self.order = order
+                break
 
     def flat(self, x: Tensor) -> Tensor:
         return x.permute(self.order).reshape(-1)
@@ -131,10 +133,6 @@ class _Layout:
     def write(self, x: Tensor, values: Tensor) -> None:
         target = x.permute(self.order)
         target.copy_(values.view(target.shape))
-
-
-def _strides(x: Tensor) -> list[int]:
-    return [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size != 1]
 
 
 # 16-bit weights

@@ -247,8 +247,10 @@ class Trainer:
         if isinstance(self.optimizer, AdamW):
             # Clips on the way, and does nothing for a norm or a loss that is not finite: no wait for them before it.
             self.optimizer.found_inf = (~total.isfinite()).float()  # as a GradScaler would say it
-            self.optimizer.step()
-            del self.optimizer.found_inf
+            try:
+                self.optimizer.step()
+            finally:
+                del self.optimizer.found_inf
             norm = self.optimizer.grad_norm
             assert norm is not None
         else:

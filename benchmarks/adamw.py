@@ -122,8 +122,8 @@ def case(
     target: str = "",
     **options: Any,
 ) -> Case:
-    """`kept`: the gradients stay the same tensors, as with zero_grad(set_to_none=False). `extra_bytes` a parameter: what
-    the options move beyond weight, gradient and moments of the weight's dtype."""
+    """`kept`: the gradients stay the same tensors, as with zero_grad(set_to_none=False). `extra_bytes` a parameter:
+    what the options move beyond weight, gradient and moments of the weight's dtype."""
     moved = 7 * dtype.itemsize + extra_bytes + (dtype.itemsize if max_norm is not None else 0)
     shape = f"{count}x{size:,}".replace(",", "") if size < 2**20 else f"{count}x{size >> 20}M"
     return Case(

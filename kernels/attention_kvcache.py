@@ -16,8 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fastllm.kernels import _utils
+from fastllm.kernels._attention_tiles import _load, _logits, _visible
 from fastllm.kernels._utils import LOG2E, Config
-from fastllm.kernels.attention import Scores, _block, _load, _logits, _strides, _visible
+from fastllm.kernels.attention import Scores, _block, _strides
 
 
 @triton.jit

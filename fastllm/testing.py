@@ -159,8 +159,10 @@ def sample(
     return _SAMPLES[op](lambda *shape: make(shape, dtype, device, next(seeds)))
 
 
-def outputs_of(result: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """What an op returned, as a tuple."""
+def outputs_of(result: Tensor | Sequence[Tensor] | None) -> tuple[Tensor, ...]:
+    """What an op returned, as a tuple; empty for one that works in place."""
+    if result is None:
+        return ()
     return (result,) if isinstance(result, Tensor) else tuple(result)
 
 

@@ -16,6 +16,7 @@ from fastllm import ops
 from fastllm.backends import OPS
 from fastllm.ops import _sdpa
 from fastllm.reference import _attention as reference
+from fastllm.reference._philox import philox
 from fastllm.testing import poisoned_allocations
 
 BY_TORCH = ("causal", "window", "bool_mask", "float_mask", "gqa", "bottom_right")
@@ -71,11 +72,12 @@ def test_the_reference_is_torchs_function():
 
 def test_philox_against_published_vectors():
     """Random123's known answers for philox4x32-7."""
-    ones = torch.tensor(0xFFFFFFFF)
-    zero = torch.tensor(0)
-    assert int(reference.philox(zero, zero, zero, zero)) == 0x5F6FB709
-    seed = torch.tensor(-1)
-    assert 0 <= int(reference.philox(seed, ones, ones, ones)) < 2**32
+
+    def words(counters: list[int], seed: int) -> list[int]:
+        return [int(word) for word in philox(torch.tensor(seed), *(torch.tensor(c) for c in counters))]
+
+    assert words([0] * 4, 0) == [0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]
+    assert words([0xFFFFFFFF] * 4, -1) == [0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662]
 
 
 def test_dropout_drops_its_share_and_follows_the_seed():

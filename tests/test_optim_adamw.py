@@ -1,42 +1,15 @@
-"""fastllm.optim.AdamW beside torch.optim.AdamW."""
+"""fastllm.optim.AdamW beside torch.optim.AdamW: results, memory, clipping, errors."""
 
 from __future__ import annotations
 
-import copy
-import importlib.util
-import io
-import pickle
-from pathlib import Path
-
 import pytest
 import torch
+from optim_suite import SHAPES, assert_equal, parameters, run, set_grads
 from torch.testing._internal import common_optimizers
 
 import fastllm
 from fastllm import models
 from fastllm.optim import AdamW
-
-SHAPES = ((37, 5), (3,), (1000,), (), (2, 3, 4, 5))
-
-
-def parameters(dtype: torch.dtype = torch.float32, shapes=SHAPES, seed: int = 0) -> list[torch.nn.Parameter]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
-
-
-def set_grads(seed: int, *lists: list[torch.nn.Parameter]) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for params in zip(*lists, strict=True):
-        grad = torch.randn(params[0].shape, generator=generator)
-        for param in params:
-            param.grad = grad.to(param.dtype, copy=True)
-
-
-def run(optimizer: torch.optim.Optimizer, steps: range) -> None:
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    for seed in steps:
-        set_grads(seed, params)
-        optimizer.step()
 
 
 def roundings(a: torch.Tensor, b: torch.Tensor, before: torch.Tensor) -> float:
@@ -44,14 +17,6 @@ def roundings(a: torch.Tensor, b: torch.Tensor, before: torch.Tensor) -> float:
     numbers can be smaller than both."""
     size = torch.maximum(torch.maximum(a.abs(), before.abs()), torch.tensor(1e-30))
     return float(((a - b).abs() / size).max()) * 2**23
-
-
-def assert_equal(a, b) -> None:
-    for x, y in zip(a, b, strict=True):
-        assert torch.equal(x, y)
-
-
-# As torch's
 
 
 def torch_inputs(device: str) -> list:
@@ -364,438 +329,6 @@ def test_views_that_do_not_overlap_are_fine():
     assert torch.equal(base[4:], untouched)
 
 
-# Clipping and scaling
-
-
-@pytest.mark.parametrize("max_norm", [1e-3, 1.0, 1e6])
-def test_clipping_equals_clip_grad_norm(max_norm):
-    lists = [parameters(), parameters()]
-    ours = AdamW([{"params": lists[0][:2]}, {"params": lists[0][2:], "lr": 1e-2}], max_norm=max_norm, fused=True)
-    stock = torch.optim.AdamW([{"params": lists[1][:2]}, {"params": lists[1][2:], "lr": 1e-2}], fused=True)
-    for seed in range(5):
-        set_grads(seed, *lists)
-        before = [p.grad.clone() for p in lists[0]]
-        norm = torch.nn.utils.clip_grad_norm_(lists[1], max_norm)
-        ours.step()
-        stock.step()
-        assert_equal([p.grad for p in lists[0]], before)
-        torch.testing.assert_close(ours.grad_norm, norm, rtol=1e-6, atol=0)
-        assert ours.grad_norm.shape == ()
-    for a, b in zip(*lists, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
-    assert AdamW(parameters()).grad_norm is None
-
-
-def test_grad_scaler_with_an_expanded_gradient():
-    """As .sum() sends back: unscaled, it is written, so it gets memory of its own."""
-    params, stock = parameters(shapes=((6, 5),)), parameters(shapes=((6, 5),))
-    for kind, (param,) in zip((AdamW, torch.optim.AdamW), (params, stock), strict=True):
-        optimizer = kind([param], fused=True)
-        optimizer.grad_scale, optimizer.found_inf = torch.tensor(4.0), torch.tensor(0.0)
-        param.grad = torch.ones(1, 5).expand(6, 5) if kind is AdamW else torch.ones(6, 5)
-        optimizer.step()
-    assert_equal(params, stock)
-    assert torch.equal(params[0].grad, torch.full((6, 5), 0.25))
-
-
-@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
-def test_skip_nonfinite(bad):
-    params, other = parameters(), parameters()
-    optimizer, reference = AdamW(params, max_norm=1.0, skip_nonfinite=True), AdamW(other, max_norm=1.0)
-    for seed in range(4):
-        set_grads(seed, params, other)
-        if seed == 2:
-            params[3].grad.fill_(bad)
-            optimizer.step()
-            assert not optimizer.grad_norm.isfinite()
-        else:
-            optimizer.step()
-            reference.step()
-    assert_equal(params, other)
-    assert int(optimizer.state[params[0]]["step"]) == 3
-
-
-def test_infinite_max_norm_only_measures():
-    params, other = parameters(), parameters()
-    optimizer = AdamW(params, max_norm=float("inf"))
-    run(optimizer, range(3))
-    run(AdamW(other), range(3))
-    assert_equal(params, other)
-    norm = torch.stack([p.grad.norm() for p in params]).norm()
-    torch.testing.assert_close(optimizer.grad_norm, norm, rtol=1e-6, atol=0)
-
-
-def scaler(enabled: bool = True) -> torch.amp.GradScaler:
-    return torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3, enabled=enabled)
-
-
-@pytest.mark.parametrize("max_norm", [None, 0.1])
-def test_grad_scaler(max_norm):
-    """Scaled gradients, some of them infinite: the scaler's verdict is honoured, and the gradients end up unscaled."""
-    params, stock = parameters(), parameters()
-    ours = AdamW(params, max_norm=max_norm)
-    theirs = torch.optim.AdamW(stock, fused=True)
-    scalers = scaler(), scaler()
-    for seed in range(8):
-        for one in scalers:
-            one.scale(torch.zeros(()))  # as the loss would be
-        set_grads(seed, params, stock)
-        for p, q in zip(params, stock, strict=True):
-            p.grad *= scalers[0].get_scale()
-            q.grad *= scalers[1].get_scale()
-        if seed in (2, 3):
-            params[0].grad[0, 0] = stock[0].grad[0, 0] = float("inf")
-        scalers[0].step(ours)
-        if max_norm is not None:
-            scalers[1].unscale_(theirs)
-            norm = torch.nn.utils.clip_grad_norm_(stock, max_norm)
-            if seed not in (2, 3):
-                torch.testing.assert_close(ours.grad_norm, norm, rtol=1e-6, atol=0)
-        scalers[1].step(theirs)
-        for one in scalers:
-            one.update()
-        assert scalers[0].get_scale() == scalers[1].get_scale()
-        if max_norm is None and seed not in (2, 3):
-            assert_equal([p.grad for p in params], [q.grad for q in stock])
-    assert int(ours.state[params[0]]["step"]) == 6
-    for a, b in zip(params, stock, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
-
-
-# Low precision
-
-
-def train(optimizer: torch.optim.Optimizer, params: list[torch.nn.Parameter], steps: int, scale: float = 0.3) -> None:
-    """Steps whose gradients depend on the weights, as they do in training."""
-    for seed in range(steps):
-        generator = torch.Generator().manual_seed(seed)
-        for p in params:
-            p.grad = (scale * p.detach().float() + torch.randn(p.shape, generator=generator)).to(p.dtype)
-        optimizer.step()
-
-
-def test_remainder_equals_float32_masters():
-    shapes = ((300, 40), (1000,), (3,))
-    lists = [parameters(torch.bfloat16, shapes) for _ in range(2)]
-    optimizers = [
-        AdamW(params, lr=1e-3, master_weights=kind)
-        for params, kind in zip(lists, ("float32", "remainder"), strict=True)
-    ]
-    for optimizer, params in zip(optimizers, lists, strict=True):
-        train(optimizer, params, 100)
-    assert_equal(*lists)
-    for a, b in zip(*lists, strict=True):
-        master, remainder = optimizers[0].state[a]["master"], optimizers[1].state[b]["remainder"]
-        bits = (b.detach().view(torch.int16).int() << 16) + remainder.int()
-        assert torch.equal(bits.view(torch.float32), master)
-        assert (master.element_size(), remainder.element_size()) == (4, 2)
-        assert optimizers[0].state[a]["exp_avg"].dtype == torch.float32
-
-
-def test_masters_keep_what_16_bits_lose():
-    """Updates far below the last bit of a bfloat16: masters follow float32, plain bfloat16 stands still."""
-    results = {}
-    options = {
-        "float32": {},
-        "plain": {},
-        "master": {"master_weights": "float32"},
-        "remainder": {"master_weights": "remainder"},
-        "stochastic": {"stochastic_rounding": True, "moment_dtype": torch.float32},
-        "8 bit": {"master_weights": "remainder", "moment_dtype": torch.uint8},
-    }
-    for name, kwargs in options.items():
-        param = torch.nn.Parameter(
-            torch.full((4096,), 1.0, dtype=torch.float32 if name == "float32" else torch.bfloat16)
-        )
-        optimizer = AdamW([param], lr=2e-5, weight_decay=0.0, **kwargs)
-        for _ in range(1000):
-            param.grad = torch.ones_like(param)
-            optimizer.step()
-        results[name] = float(param.detach().double().mean())
-    assert results["plain"] == 1.0
-    assert abs(results["float32"] - 0.98) < 1e-4
-    for name in ("master", "remainder", "8 bit"):
-        assert abs(results[name] - results["float32"]) < 2**-9
-    assert abs(results["stochastic"] - results["float32"]) < 5e-4
-
-
-def test_stochastic_rounding_knows_the_parameters_place():
-    """A parameter's random numbers follow its place among all parameters, not among those that have a gradient."""
-    lists = [parameters(torch.bfloat16, ((1000,),) * 3) for _ in range(2)]
-    for params, skip in zip(lists, (False, True), strict=True):
-        optimizer = AdamW(params, lr=1e-2, stochastic_rounding=True, seed=3)
-        set_grads(0, params)
-        if skip:
-            params[0].grad = None
-        optimizer.step()
-    assert_equal(lists[0][1:], lists[1][1:])
-    same = parameters(torch.bfloat16, ((1000,),) * 2)
-    same[1].data.copy_(same[0].data)
-    optimizer = AdamW(same, lr=1e-2, stochastic_rounding=True)
-    for p in same:
-        p.grad = torch.ones_like(p)
-    optimizer.step()
-    assert not torch.equal(*same)
-
-
-def test_8_bit_moments_train_like_float32():
-    losses = {}
-    for moment_dtype in (None, torch.uint8):
-        torch.manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.Tanh(), torch.nn.Linear(64, 4))
-        optimizer = AdamW(model.parameters(), lr=1e-2, moment_dtype=moment_dtype)
-        x, target = torch.randn(256, 16), torch.randn(256, 4)
-        for _ in range(200):
-            loss = torch.nn.functional.mse_loss(model(x), target)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        losses[moment_dtype] = loss.item()
-    assert max(losses.values()) < 0.005, f"from about 1: {losses}"
-
-
-def test_the_docstrings_bytes_a_parameter():
-    """What the docstring's table says is what the state takes."""
-    table = {}
-    for line in (AdamW.__doc__ or "").splitlines():
-        numbers = line.split()[-4:]
-        if line.startswith(("    float", "    bfloat16", "    the same")):
-            label = " ".join(line.split()[:-4])
-            table[label] = tuple(map(float, numbers))
-    assert len(table) == 10
-    n = 256 * 64
-    seen = {
-        "float32": (torch.float32, {}),
-        "float32, moment_dtype=torch.bfloat16": (torch.float32, {"moment_dtype": torch.bfloat16}),
-        "float32, moment_dtype=torch.uint8": (torch.float32, {"moment_dtype": torch.uint8}),
-        "bfloat16 or float16": (torch.bfloat16, {}),
-        "bfloat16 or float16, moment_dtype=torch.float32": (torch.float16, {"moment_dtype": torch.float32}),
-        'bfloat16 or float16, master_weights="float32"': (torch.float16, {"master_weights": "float32"}),
-        'bfloat16, master_weights="remainder"': (torch.bfloat16, {"master_weights": "remainder"}),
-        'bfloat16, master_weights="remainder", moment_dtype=torch.uint8': (
-            torch.bfloat16,
-            {"master_weights": "remainder", "moment_dtype": torch.uint8},
-        ),
-        "bfloat16 or float16, stochastic_rounding=True": (torch.bfloat16, {"stochastic_rounding": True}),
-        "the same, moment_dtype=torch.uint8": (
-            torch.bfloat16,
-            {"stochastic_rounding": True, "moment_dtype": torch.uint8},
-        ),
-    }
-    assert seen.keys() == table.keys()
-    for label, (dtype, kwargs) in seen.items():
-        param = torch.nn.Parameter(torch.zeros(n, dtype=dtype))
-        param.grad = torch.zeros_like(param)
-        optimizer = AdamW([param], **kwargs)
-        optimizer.step()
-        sizes = {
-            key: value.numel() * value.element_size() / n
-            for key, value in optimizer.state[param].items()
-            if key != "step"
-        }
-        extra = sum(size for key, size in sizes.items() if key in ("master", "remainder"))
-        moments = sum(size for key, size in sizes.items() if key.startswith("exp_avg"))
-        weight = param.element_size()
-        assert table[label] == (weight, extra, round(moments, 2), round(weight + extra + moments, 2)), label
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    rows = [
-        line.split("|")[2:6]
-        for line in readme.splitlines()
-        if line.startswith(("| float32", "| bfloat16", "| the same"))
-    ]
-    assert [tuple(map(float, row)) for row in rows] == list(table.values()), "README says the same"
-
-
-# Checkpoints
-
-
-def through_disk(state: dict) -> dict:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
-@pytest.mark.parametrize("kwargs", [{}, {"amsgrad": True}], ids=str)
-@pytest.mark.parametrize("theirs", [{"foreach": False}, {"foreach": True}, {"fused": True}], ids=str)
-@pytest.mark.parametrize("mine", [{}, {"fused": True}], ids=str)
-def test_checkpoints_both_ways(theirs, mine, kwargs):
-    lists = [parameters() for _ in range(4)]
-    ours, stock = AdamW(lists[0], **mine, **kwargs), torch.optim.AdamW(lists[1], **theirs, **kwargs)
-    run(ours, range(5))
-    run(stock, range(5))
-    with torch.no_grad():
-        for new, old in ((lists[2], lists[1]), (lists[3], lists[0])):
-            for a, b in zip(new, old, strict=True):
-                a.copy_(b)
-    from_stock, from_ours = AdamW(lists[2], lr=1.0), torch.optim.AdamW(lists[3], lr=1.0)
-    from_stock.load_state_dict(through_disk(stock.state_dict()))
-    from_ours.load_state_dict(through_disk(ours.state_dict()))
-    for a, b in zip(lists[2], lists[1], strict=True):
-        for key, value in stock.state[b].items():
-            assert torch.equal(from_stock.state[a][key], value)
-    run(from_stock, range(5, 10))
-    run(stock, range(5, 10))
-    run(from_ours, range(5, 10))
-    run(ours, range(5, 10))
-    for one, other in ((lists[2], lists[1]), (lists[3], lists[0])):
-        for a, b in zip(one, other, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
-    assert int(from_ours.state[lists[3][0]]["step"]) == 10
-
-
-OPTIONS = [
-    {},
-    {"master_weights": "float32"},
-    {"master_weights": "remainder"},
-    {"moment_dtype": torch.uint8},
-    {"moment_dtype": torch.float32, "stochastic_rounding": True, "seed": 9},
-    {"master_weights": "remainder", "moment_dtype": torch.uint8},
-    {"amsgrad": True, "moment_dtype": torch.float32},
-]
-
-
-@pytest.mark.parametrize("kwargs", OPTIONS, ids=str)
-def test_resume_is_bit_for_bit(kwargs):
-    whole, half = parameters(torch.bfloat16), parameters(torch.bfloat16)
-    run(AdamW(whole, max_norm=1.0, **kwargs), range(10))
-    first = AdamW(half, max_norm=1.0, **kwargs)
-    run(first, range(5))
-    resumed = [torch.nn.Parameter(p.detach().clone()) for p in half]
-    second = AdamW(resumed, lr=123.0, max_norm=1.0, **kwargs)
-    second.load_state_dict(through_disk(first.state_dict()))
-    for a, b in zip(half, resumed, strict=True):
-        for key, value in first.state[a].items():
-            assert second.state[b][key].dtype == value.dtype
-            assert torch.equal(second.state[b][key], value)
-    run(second, range(5, 10))
-    assert_equal(whole, resumed)
-
-
-@pytest.mark.parametrize("copier", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
-@pytest.mark.parametrize("kwargs", OPTIONS, ids=str)
-def test_copies_go_on_alone(copier, kwargs):
-    params = parameters(torch.bfloat16)
-    optimizer = AdamW(params, max_norm=1.0, **kwargs)
-    run(optimizer, range(3))
-    twin_params, twin = copier((params, optimizer))
-    for name in ("max_norm", "master_weights", "moment_dtype", "stochastic_rounding", "seed"):
-        assert getattr(twin, name) == getattr(optimizer, name)
-    run(optimizer, range(3, 6))
-    assert int(twin.state[twin_params[0]]["step"]) == 3, "the copy shares no memory"
-    run(twin, range(3, 6))
-    assert_equal(params, twin_params)
-
-
-def test_states_of_other_options_are_converted():
-    options = {
-        "plain": {},
-        "float32": {"moment_dtype": torch.float32},
-        "8 bit": {"moment_dtype": torch.uint8},
-        "master": {"master_weights": "float32"},
-        "remainder": {"master_weights": "remainder"},
-    }
-    for name, kwargs in options.items():
-        params = parameters(torch.bfloat16)
-        saved = AdamW(params, **kwargs)
-        run(saved, range(5))
-        for other, other_kwargs in options.items():
-            copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
-            loaded = AdamW(copies, **other_kwargs)
-            loaded.load_state_dict(through_disk(saved.state_dict()))
-            run(loaded, range(5, 6))
-            fresh = AdamW([torch.nn.Parameter(p.detach().clone()) for p in params], **other_kwargs)
-            run(fresh, range(1))
-            for p, q in zip(copies, fresh.param_groups[0]["params"], strict=True):
-                state = loaded.state[p]
-                assert state.keys() == fresh.state[q].keys(), (name, other)
-                assert [v.dtype for v in state.values()] == [v.dtype for v in fresh.state[q].values()]
-                assert int(state["step"]) == 6
-            reference = AdamW([torch.nn.Parameter(p.detach().clone()) for p in params], moment_dtype=torch.float32)
-            reference.load_state_dict(through_disk(saved.state_dict()))
-            run(reference, range(5, 6))
-            for p, q in zip(copies, reference.param_groups[0]["params"], strict=True):
-                torch.testing.assert_close(p, q, rtol=2**-7, atol=2e-4)
-
-
-def test_8_bit_state_of_another_memory_format():
-    """Its scales belong to blocks in the order of memory: it is coded anew for a parameter in another."""
-    weight = torch.randn(8, 16, 9, 9, generator=torch.Generator().manual_seed(0))
-    first = torch.nn.Parameter(weight.clone().to(memory_format=torch.channels_last))
-    saved = AdamW([first], lr=1e-2, moment_dtype=torch.uint8)
-    whole = torch.nn.Parameter(weight.clone())
-    exact = AdamW([whole], lr=1e-2)
-    spread = 10 ** torch.randn(8, 16, 1, 1, generator=torch.Generator().manual_seed(9))
-    for seed in range(5):
-        for param, optimizer in ((first, saved), (whole, exact)):
-            param.grad = (torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed)) * spread).to(
-                memory_format=torch.channels_last if param is first else torch.contiguous_format
-            )
-            optimizer.step()
-    second = torch.nn.Parameter(first.detach().contiguous())
-    loaded = AdamW([second], lr=1e-2, moment_dtype=torch.uint8)
-    loaded.load_state_dict(through_disk(saved.state_dict()))
-    params = (first, second, whole)
-    before = [p.detach().clone() for p in params]
-    for param, optimizer in zip(params, (saved, loaded, exact), strict=True):
-        param.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(6)) * spread
-        optimizer.step()
-    stayed, moved, true = (p.detach() - b for p, b in zip(params, before, strict=True))
-    assert float((moved - true).norm()) < 1.2 * float((stayed - true).norm())
-
-
-def test_a_checkpoint_that_does_not_fit_the_options_is_an_error():
-    params = parameters()
-    saved = torch.optim.AdamW(params, amsgrad=True)
-    run(saved, range(2))
-    with pytest.raises(ValueError, match="does not go with amsgrad"):
-        AdamW(parameters(), moment_dtype=torch.uint8).load_state_dict(saved.state_dict())
-
-
-def test_masters_survive_their_other_form():
-    params = parameters(torch.bfloat16)
-    saved = AdamW(params, master_weights="float32")
-    run(saved, range(5))
-    for kind in ("remainder", "float32"):
-        copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
-        loaded = AdamW(copies, master_weights=kind)
-        loaded.load_state_dict(through_disk(saved.state_dict()))
-        run(loaded, range(5, 9))
-        again = [torch.nn.Parameter(p.detach().clone()) for p in params]
-        other = AdamW(again, master_weights="float32")
-        other.load_state_dict(through_disk(saved.state_dict()))
-        run(other, range(5, 9))
-        assert_equal(copies, again)
-
-
-def test_8_bit_state_does_not_load_into_torch_in_silence():
-    params = parameters()
-    optimizer = AdamW(params, moment_dtype=torch.uint8)
-    run(optimizer, range(2))
-    stock = torch.optim.AdamW(parameters())
-    stock.load_state_dict(optimizer.state_dict())
-    with pytest.raises(KeyError, match="exp_avg"):
-        run(stock, range(1))
-
-
-def test_step_of_old_checkpoints_is_a_number():
-    params = parameters()
-    optimizer = AdamW(params)
-    run(optimizer, range(3))
-    state = optimizer.state_dict()
-    for entry in state["state"].values():
-        entry["step"] = 3.0
-    loaded = AdamW(params)
-    loaded.load_state_dict(state)
-    step = loaded.state[params[0]]["step"]
-    assert (step.dtype, step.shape, float(step)) == (torch.float32, (), 3.0)
-    double = optimizer.state_dict()
-    for entry in double["state"].values():
-        entry["step"] = torch.tensor(3.0, dtype=torch.float64)
-    loaded.load_state_dict(double)
-    assert loaded.state[params[0]]["step"].dtype == torch.float32
-
-
 def test_state_that_was_replaced_is_used():
     params, other = parameters(), parameters()
     optimizer, reference = AdamW(params), AdamW(other)
@@ -920,6 +453,104 @@ def test_small_states_share_memory_and_large_ones_do_not():
         assert optimizer.state[p]["exp_avg"].data_ptr() % 64 == 0
 
 
+# Clipping and scaling
+
+
+@pytest.mark.parametrize("max_norm", [1e-3, 1.0, 1e6])
+def test_clipping_equals_clip_grad_norm(max_norm):
+    lists = [parameters(), parameters()]
+    ours = AdamW([{"params": lists[0][:2]}, {"params": lists[0][2:], "lr": 1e-2}], max_norm=max_norm, fused=True)
+    stock = torch.optim.AdamW([{"params": lists[1][:2]}, {"params": lists[1][2:], "lr": 1e-2}], fused=True)
+    for seed in range(5):
+        set_grads(seed, *lists)
+        before = [p.grad.clone() for p in lists[0]]
+        norm = torch.nn.utils.clip_grad_norm_(lists[1], max_norm)
+        ours.step()
+        stock.step()
+        assert_equal([p.grad for p in lists[0]], before)
+        torch.testing.assert_close(ours.grad_norm, norm, rtol=1e-6, atol=0)
+        assert ours.grad_norm.shape == ()
+    for a, b in zip(*lists, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    assert AdamW(parameters()).grad_norm is None
+
+
+def test_grad_scaler_with_an_expanded_gradient():
+    """As .sum() sends back: unscaled, it is written, so it gets memory of its own."""
+    params, stock = parameters(shapes=((6, 5),)), parameters(shapes=((6, 5),))
+    for kind, (param,) in zip((AdamW, torch.optim.AdamW), (params, stock), strict=True):
+        optimizer = kind([param], fused=True)
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(4.0), torch.tensor(0.0)
+        param.grad = torch.ones(1, 5).expand(6, 5) if kind is AdamW else torch.ones(6, 5)
+        optimizer.step()
+    assert_equal(params, stock)
+    assert torch.equal(params[0].grad, torch.full((6, 5), 0.25))
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_skip_nonfinite(bad):
+    params, other = parameters(), parameters()
+    optimizer, reference = AdamW(params, max_norm=1.0, skip_nonfinite=True), AdamW(other, max_norm=1.0)
+    for seed in range(4):
+        set_grads(seed, params, other)
+        if seed == 2:
+            params[3].grad.fill_(bad)
+            optimizer.step()
+            assert not optimizer.grad_norm.isfinite()
+        else:
+            optimizer.step()
+            reference.step()
+    assert_equal(params, other)
+    assert int(optimizer.state[params[0]]["step"]) == 3
+
+
+def test_infinite_max_norm_only_measures():
+    params, other = parameters(), parameters()
+    optimizer = AdamW(params, max_norm=float("inf"))
+    run(optimizer, range(3))
+    run(AdamW(other), range(3))
+    assert_equal(params, other)
+    norm = torch.stack([p.grad.norm() for p in params]).norm()
+    torch.testing.assert_close(optimizer.grad_norm, norm, rtol=1e-6, atol=0)
+
+
+def scaler(enabled: bool = True) -> torch.amp.GradScaler:
+    return torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3, enabled=enabled)
+
+
+@pytest.mark.parametrize("max_norm", [None, 0.1])
+def test_grad_scaler(max_norm):
+    """Scaled gradients, some of them infinite: the scaler's verdict is honoured, and the gradients end up unscaled."""
+    params, stock = parameters(), parameters()
+    ours = AdamW(params, max_norm=max_norm)
+    theirs = torch.optim.AdamW(stock, fused=True)
+    scalers = scaler(), scaler()
+    for seed in range(8):
+        for one in scalers:
+            one.scale(torch.zeros(()))  # as the loss would be
+        set_grads(seed, params, stock)
+        for p, q in zip(params, stock, strict=True):
+            p.grad *= scalers[0].get_scale()
+            q.grad *= scalers[1].get_scale()
+        if seed in (2, 3):
+            params[0].grad[0, 0] = stock[0].grad[0, 0] = float("inf")
+        scalers[0].step(ours)
+        if max_norm is not None:
+            scalers[1].unscale_(theirs)
+            norm = torch.nn.utils.clip_grad_norm_(stock, max_norm)
+            if seed not in (2, 3):
+                torch.testing.assert_close(ours.grad_norm, norm, rtol=1e-6, atol=0)
+        scalers[1].step(theirs)
+        for one in scalers:
+            one.update()
+        assert scalers[0].get_scale() == scalers[1].get_scale()
+        if max_norm is None and seed not in (2, 3):
+            assert_equal([p.grad for p in params], [q.grad for q in stock])
+    assert int(ours.state[params[0]]["step"]) == 6
+    for a, b in zip(params, stock, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
 # Errors
 
 
@@ -955,98 +586,3 @@ def test_reference_backend_gives_the_same_bits():
     with fastllm.use_backend("reference"):
         run(AdamW(lists[1]), range(5))
     assert_equal(*lists)
-
-
-# Other people's trainers, where they are installed
-
-
-def installed(name: str) -> pytest.MarkDecorator:
-    return pytest.mark.skipif(importlib.util.find_spec(name) is None, reason=f"{name} is not installed")
-
-
-class Regression(torch.nn.Module):
-    """In the form that the trainers below call."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.linear = torch.nn.Linear(4, 1)
-
-    def forward(self, x, labels):
-        return {"loss": torch.nn.functional.mse_loss(self.linear(x)[:, 0], labels)}
-
-
-def rows() -> list[dict[str, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    return [{"x": x, "labels": x.sum()} for x in torch.randn(32, 4, generator=generator)]
-
-
-@installed("transformers")
-@installed("accelerate")
-def test_hugging_face_trainer(tmp_path):
-    import transformers
-
-    weights = []
-    for kind in (AdamW, torch.optim.AdamW):
-        model = Regression()
-        args = transformers.TrainingArguments(
-            str(tmp_path),
-            max_steps=8,
-            report_to=[],
-            use_cpu=True,
-            save_strategy="no",
-            disable_tqdm=True,
-            logging_strategy="no",
-        )
-        trainer = transformers.Trainer(
-            model, args, train_dataset=rows(), optimizer_cls_and_kwargs=(kind, {"lr": 1e-2, "fused": True})
-        )
-        trainer.train()
-        assert isinstance(getattr(trainer.optimizer, "optimizer", trainer.optimizer), kind)
-        weights.append(list(model.parameters()))
-    assert_equal(*weights)
-
-
-@installed("accelerate")
-def test_accelerate():
-    import accelerate
-
-    weights = []
-    for kind in (AdamW, torch.optim.AdamW):
-        accelerator = accelerate.Accelerator(cpu=True)
-        model = Regression()
-        loader = torch.utils.data.DataLoader(rows(), batch_size=8)
-        model, optimizer, loader = accelerator.prepare(model, kind(model.parameters(), lr=1e-2, fused=True), loader)
-        for batch in loader:
-            accelerator.backward(model(**batch)["loss"])
-            optimizer.step()
-            optimizer.zero_grad()
-        weights.append(list(model.parameters()))
-    assert_equal(*weights)
-
-
-@installed("lightning")
-def test_lightning(tmp_path):
-    import lightning
-
-    class Module(lightning.LightningModule):
-        def __init__(self, kind):
-            super().__init__()
-            self.model, self.kind = Regression(), kind
-
-        def training_step(self, batch, _):
-            return self.model(**batch)["loss"]
-
-        def configure_optimizers(self):
-            return self.kind(self.parameters(), lr=1e-2, fused=True)
-
-    weights = []
-    for kind in (AdamW, torch.optim.AdamW):
-        module = Module(kind)
-        trainer = lightning.Trainer(
-            max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False, default_root_dir=tmp_path,
-        )  # fmt: skip
-        trainer.fit(module, torch.utils.data.DataLoader(rows(), batch_size=8))
-        weights.append(list(module.parameters()))
-    assert_equal(*weights)

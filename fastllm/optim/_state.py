@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -77,8 +78,8 @@ def zeros(likes: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
         # Every view starts at a multiple of 64 elements, as aligned as a tensor of its own.
         lengths = [-(-likes[i].numel() // 64) * 64 for i in places]
         shared = torch.zeros(sum(lengths), dtype=dtype, device=device)
-        for i, part in zip(places, shared.split(lengths), strict=True):
-            found[i] = part[: likes[i].numel()].view(likes[i].shape)
+        for i, start in zip(places, itertools.accumulate(lengths, initial=0), strict=False):
+            found[i] = shared.as_strided(likes[i].shape, likes[i].stride(), start)
     return found
 
 

@@ -174,6 +174,30 @@ def test_8_bit_state_does_not_load_into_torch_in_silence():
         run(stock, range(1))
 
 
+def test_what_torch_cast_is_not_taken_for_what_it_was():
+    """Through torch and back: codes are refused, masters start from the parameter again."""
+    params = parameters(torch.bfloat16)
+    coded = AdamW(params, moment_dtype=torch.uint8)
+    run(coded, range(2))
+    stock = torch.optim.AdamW(params)
+    stock.load_state_dict(coded.state_dict())
+    with pytest.raises(ValueError, match=r"exp_avg_code was cast to torch\.bfloat16"):
+        AdamW(params, moment_dtype=torch.uint8).load_state_dict(stock.state_dict())
+    for kind in ("float32", "remainder"):
+        mastered = AdamW(params, master_weights=kind)
+        run(mastered, range(2))
+        stock = torch.optim.AdamW(params)
+        stock.load_state_dict(mastered.state_dict())
+        run(stock, range(2))
+        before = [p.detach().clone() for p in params]
+        again = AdamW(params, lr=0.0, master_weights=kind)
+        state = stock.state_dict()
+        state["param_groups"][0]["lr"] = 0.0
+        again.load_state_dict(state)
+        run(again, range(1))
+        assert_equal([p.detach() for p in params], before)
+
+
 def test_step_of_old_checkpoints_is_a_number():
     params = parameters()
     optimizer = AdamW(params)

@@ -211,6 +211,8 @@ def adamw(
     for name, value in {"grad_scale": grad_scale, "found_inf": found_inf, "grad_norm": grad_norm}.items():
         if value is not None and value.numel() != 1:
             raise ValueError(f"adamw: {name} must have one element, got shape {tuple(value.shape)}")
+    if (grad_norm is None) != (max_norm == 0) or max_norm < 0:
+        raise ValueError(f"adamw: grad_norm and a positive max_norm go together, got max_norm={max_norm}")
     if not params:
         return
     on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"

@@ -89,6 +89,15 @@ def adopt(param: Tensor, saved: Mapping[str, Any], options: Options) -> dict[str
     Moments are converted. A master that is missing is left out, so that the next step starts it from the parameter.
     """
     state: dict[str, Any] = {}
+    # torch's load_state_dict casts all it loads: codes are lost then, and masters are what they were before its steps.
+    for key in ("exp_avg_code", "exp_avg_sq_code"):
+        if key in saved and saved[key].dtype != torch.uint8:
+            raise ValueError(
+                f"AdamW: {key} was cast to {saved[key].dtype}, as torch.optim.AdamW does on loading, and is lost: "
+                "load 8-bit moments into a fastllm.optim.AdamW without moment_dtype first, then that into torch's"
+            )
+    kept = {"master": torch.float32, "remainder": torch.int16}
+    saved = {key: value for key, value in saved.items() if key not in kept or value.dtype == kept[key]}
     for key, value in saved.items():
         if key == "step":
             device = param.device if options.step_on_device else "cpu"

@@ -161,7 +161,8 @@ class AdamW(torch.optim.AdamW):
         m <- beta1 m + (1 - beta1) g        v <- beta2 v + (1 - beta2) g^2
         p <- p - lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
 
-    The constructor, param_groups and state_dict are torch's, and checkpoints load in both directions. The arithmetic is
+    The constructor, param_groups and state_dict are torch's, and checkpoints load in both directions (those with 8-bit
+    moments by way of an AdamW without moment_dtype; torch ignores masters). The arithmetic is
     in float32 whatever the parameters' dtype, in torch's order: for float32 on the CPU, bit for bit what torch's fused
     kernel computes (its per-tensor loop rounds one root in 160 the other way). Sources: Loshchilov and Hutter,
     "Decoupled Weight Decay Regularization", 2019; for 8-bit moments Dettmers et al., "8-bit Optimizers via Block-wise

@@ -335,3 +335,11 @@ def test_without_a_document_token_rows_are_whole():
 def test_a_document_token_outside_the_vocabulary_is_an_error():
     with pytest.raises(ValueError, match="document_token must be a token, below vocab_size=50, got 50"):
         GPTConfig.llama(vocab_size=50, document_token=50)
+
+
+@pytest.mark.parametrize("ops", ["fastllm", "torch"])
+def test_generate_under_autocast(ops):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig.llama(vocab_size=50, context=24, layers=2, heads=4, kv_heads=2, width=32, ops=ops))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.generate(packed_tokens()[:, :5], 4, temperature=0).shape == (3, 9)

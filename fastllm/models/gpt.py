@@ -154,6 +154,8 @@ class KVCache:
     def attend(self, layer: int, q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, stock: bool) -> Tensor:
         """Appends this call's keys and values to the layer's; the queries attend to all up to their own position."""
         k_BHSD, v_BHSD = self.k_LBHSD[layer], self.v_LBHSD[layer]
+        # Under autocast they come in another dtype than the cache has.
+        q_BHTD, k_BHTD, v_BHTD = (x.to(k_BHSD.dtype) for x in (q_BHTD, k_BHTD, v_BHTD))
         if not stock:
             return cast("Tensor", ops.attention_kvcache(q_BHTD, k_BHSD, v_BHSD, self.filled, k_BHTD, v_BHTD))
         t = q_BHTD.shape[2]

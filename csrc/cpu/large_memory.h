@@ -20,8 +20,6 @@ inline int64_t bytes_of(const Tensor& t) {
   return t.numel() * (t.scalar_type() == ScalarType::Float ? 4 : 2);
 }
 
-// A large output often comes as fresh memory, whose page faults cost several times what it takes to write it: huge
-// pages, where the system leaves the choice to the program, take 512 times fewer.
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
 inline void advise_whole_huge_pages(void* memory, int64_t bytes, int advice) {
   constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
@@ -34,6 +32,8 @@ inline void advise_whole_huge_pages(void* memory, int64_t bytes, int advice) {
 }
 #endif
 
+// A large output often comes as fresh memory, whose page faults cost several times what it takes to write it: huge
+// pages, where the system leaves the choice to the program, take 512 times fewer.
 inline void advise_huge_pages(void* output, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   advise_whole_huge_pages(output, bytes, MADV_HUGEPAGE);

@@ -162,9 +162,8 @@ class AdamW(torch.optim.AdamW):
         p <- p - lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
 
     The constructor, param_groups and state_dict are torch's, and checkpoints load in both directions (those with 8-bit
-    moments by way of an AdamW without moment_dtype; torch ignores masters). The arithmetic is
-    in float32 whatever the parameters' dtype, in torch's order: for float32 on the CPU, bit for bit what torch's fused
-    kernel computes (its per-tensor loop rounds one root in 160 the other way). Sources: Loshchilov and Hutter,
+    moments by way of an AdamW without moment_dtype; torch ignores masters). The arithmetic is in float32 whatever the
+    parameters' dtype, in torch's order: for float32 on the CPU, bit for bit what torch's fused kernel computes (its per-tensor loop rounds one root in 160 the other way). Sources: Loshchilov and Hutter,
     "Decoupled Weight Decay Regularization", 2019; for 8-bit moments Dettmers et al., "8-bit Optimizers via Block-wise
     Quantization", 2022.
 
@@ -461,6 +460,10 @@ class AdamW(torch.optim.AdamW):
     def _run(self, batch: _Batch, norm: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         group, device = batch.group, batch.tensors[0].device
         steps = batch.get("step")
+        if steps[0].device != device and (group["capturable"] or group["fused"]):  # asked for after the first step
+            for state in batch.states:
+                state["step"] = state["step"].to(device)
+            steps = batch.get("step")
         quantized = self.moment_dtype == torch.uint8
         suffix = "_code" if quantized else ""
         lists = (
@@ -475,11 +478,6 @@ class AdamW(torch.optim.AdamW):
             batch.get("exp_avg_sq_scale") if quantized else [],
         )
         steps_apart = steps[0].device != device
-        if steps_apart and (group["capturable"] or group["fused"]):  # asked for after the first step
-            for state in batch.states:
-                state["step"] = state["step"].to(device)
-            lists = (*lists[:5], batch.get("step"), *lists[6:])
-            steps_apart = False
         if found_inf is not None and steps_apart:
             # `step` lives on the host, which must know whether there is one.
             if found_inf.item():

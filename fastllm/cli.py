@@ -71,7 +71,6 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--document-mask",
         action=argparse.BooleanOptionalAction,
-        default=True,
         help="attention stays inside a document; <|endoftext|> ends one, and so does a file (default: yes)",
     )
     model = train.add_argument_group("model")
@@ -145,7 +144,9 @@ def _train(args: argparse.Namespace) -> int:
     from fastllm.models import GPT, GPTConfig
     from fastllm.trainer import TrainConfig, Trainer, checkpoint
 
-    text, held_out = data.split_text(_read(args.text), args.validation)
+    text = _read(args.text)
+    several = END_OF_TEXT in text
+    text, held_out = data.split_text(text, args.validation)
     model_flags = _given(args, list(MODEL_FLAGS))
     train_flags = _given(args, [*TRAIN_FLAGS, "precision", "compile", "device"])
     if args.resume:
@@ -157,6 +158,10 @@ def _train(args: argparse.Namespace) -> int:
         for name, value in model_flags.items():
             if value != getattr(config, name):
                 raise ValueError(f"{_flag(name)} {value} differs from the {getattr(config, name)} of {found}")
+        masked = config.document_token is not None
+        if args.document_mask is not None and args.document_mask != masked and (masked or several):
+            flag = "--document-mask" if args.document_mask else "--no-document-mask"
+            raise ValueError(f"{flag} cannot be given with --resume: {found} is one {'with' if masked else 'without'}")
         tokenizer = data.load_tokenizer(found / "tokenizer.json")
         train = TrainConfig(**{**saved["train"], **train_flags, "out": args.out})
     else:
@@ -166,10 +171,10 @@ def _train(args: argparse.Namespace) -> int:
             tokenizer = data.train_tokenizer([text], VOCAB_SIZE if args.vocab_size is None else args.vocab_size)
         defaults = {name: default for name, (default, _) in MODEL_FLAGS.items()}
         make = GPTConfig.gpt2 if args.preset == "gpt2" else GPTConfig.llama
-        several = args.document_mask and END_OF_TEXT in text
+        masked = several and args.document_mask is not False
         config = make(
             vocab_size=tokenizer.get_vocab_size(),
-            document_token=tokenizer.token_to_id(END_OF_TEXT) if several else None,
+            document_token=tokenizer.token_to_id(END_OF_TEXT) if masked else None,
             **{**defaults, **model_flags},
         )
         train = TrainConfig(**train_flags, out=args.out)

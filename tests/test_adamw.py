@@ -623,9 +623,16 @@ def bad(match: str, error: type[Exception] = ValueError, **changes):
             params=lambda s: [x.int() for x in s.params],
         ),
         bad(r"grads\[0\] must be on cpu, got meta", grads=lambda s: [g.to("meta") for g in s.grads(0)]),
+        bad("params must be a list of tensors, got one", TypeError, params=lambda s: s.params[0]),
+        bad(r"grads\[1\] must be a tensor, got NoneType", TypeError, grads=lambda s: [s.grads(0)[0], None]),
+        bad(r"state_steps\[0\] must be a tensor, got float", TypeError, steps=lambda s: [0.0, 0.0]),
+        bad(
+            r"params\[1\] is expanded: its elements share memory, strides \(0,\)",
+            params=lambda s: [s.params[0], torch.zeros(1).expand(7)],
+        ),
     ],
 )
-def test_bad_arguments(match, error, changes):
+def test_bad_tensors(match, error, changes):
     s = State(torch.float32, shapes=[(5, 3), (7,)])
     given = {
         "params": s.params,
@@ -676,6 +683,26 @@ def test_8_bit_moments_in_another_order_are_refused():
     step(other, grad.to(memory_format=torch.channels_last), other_codes)
     for a, b in zip((param, *codes), (other, *other_codes), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "changes"),
+    [
+        (ValueError, "lr must be finite and not negative, got -1.0", {"lr": -1.0}),
+        (ValueError, r"lr must be a number or have one element, got shape \(2,\)", {"lr": torch.zeros(2)}),
+        (ValueError, "beta1 must be in", {"beta1": 1.0}),
+        (ValueError, "beta2 must be in .*, got -0.5", {"beta2": -0.5}),
+        (ValueError, "eps must be finite and not negative, got nan", {"eps": math.nan}),
+        (ValueError, "weight_decay must be finite and not negative, got inf", {"weight_decay": math.inf}),
+        (TypeError, "seed must be an int, got float", {"seed": 0.5}),
+    ],
+)
+def test_bad_numbers(error, match, changes):
+    s = State(torch.float32, shapes=[(5,)])
+    before = s.params[0].clone()
+    with pytest.raises(error, match=match):
+        ops.adamw(s.params, s.grads(0), *s.moments, [], s.steps, **{**HYPER, **changes})
+    assert torch.equal(s.params[0], before)
 
 
 def test_bad_scalars_and_masters():

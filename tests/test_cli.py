@@ -87,6 +87,25 @@ def test_resume_goes_on(folder, capsys):
     assert "--width 64 differs from the 32 of" in capsys.readouterr().err
     assert cli.main([*args, "--preset", "gpt2"]) == 1
     assert "--preset cannot be given with --resume" in capsys.readouterr().err
+    (folder / "other.txt").write_text((folder / "text.txt").read_text()[1:])
+    args[2] = str(folder / "other.txt")
+    assert cli.main(args) == 1
+    assert "was trained on other tokens" in capsys.readouterr().err
+
+
+def test_resume_keeps_the_document_mask(folder, capsys, tmp_path):
+    text = str(folder / "text.txt")
+    for flag, other, how in (
+        ("--document-mask", "--no-document-mask", "one with"),
+        ("--no-document-mask", "--document-mask", "one without"),
+    ):
+        args = ["train", "--text", text, text, "--out", str(tmp_path / flag)]
+        assert cli.main([*args, *SMALL.split(), flag]) == 0
+        assert cli.main([*args, "--resume", other]) == 1
+        error = capsys.readouterr().err
+        assert f"{other} cannot be given with --resume" in error
+        assert how in error
+        assert cli.main([*args, "--resume", flag]) == 0
 
 
 def test_backends_train_alike(folder, capsys, monkeypatch):
@@ -154,6 +173,7 @@ def test_info(folder):
         ("train --text text.txt --lr inf --out new", 1, "lr must be finite"),
         ("train --text text.txt --device tpu9 --out new", 1, "unknown device 'tpu9'"),
         ("eval nowhere --text text.txt", 1, "no checkpoint at nowhere"),
+        ("eval run --text text.txt --batch-size 0", 1, "batch_size must be at least 1, got 0"),
         ("generate run --prompt 1 --max-new-tokens 99", 1, "99 new ones do not fit into the context of 16"),
         ("generate run --prompt 1 --top-p 2", 1, "top_p must be in (0, 1], got 2.0"),
         ("generate run --prompt 1 --backend triton", 1, "has no backend 'triton'"),

@@ -194,9 +194,11 @@ def test_complex_parameters():
     torch.testing.assert_close(*[params[0] for params in lists], rtol=1e-6, atol=1e-7)
 
 
-def test_sparse_gradients_are_refused():
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("max_norm", [None, 1.0])
+def test_sparse_gradients_are_refused(max_norm):
     embedding = torch.nn.Embedding(5, 3, sparse=True)
-    optimizer = AdamW(embedding.parameters())
+    optimizer = AdamW(embedding.parameters(), max_norm=max_norm)
     embedding(torch.tensor([1, 2])).sum().backward()
     with pytest.raises(RuntimeError, match="does not support sparse gradients"):
         optimizer.step()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -176,8 +177,7 @@ def adamw(
         found_inf: do nothing at all if this is not zero. float32, one element. On a GPU, state_steps must be there
             too.
         grad_norm: clip: multiply the gradients by min(1, max_norm / (grad_norm + 1e-6)) on the way, without storing
-            them. float32, one element. See `grad_norm`, the function; its gradients must have been divided by
-            `grad_scale`.
+            them. float32, one element: the norm of what the gradients are after `grad_scale` divided them.
         max_norm: see `grad_norm`.
         masters: for 16-bit parameters, like them: float32, the value that the parameter is rounded from; or, for
             bfloat16, int16, the 16 bits that this lost (join and split in csrc/math/adamw.h). Empty without.
@@ -187,8 +187,9 @@ def adamw(
             of memory) alone. Default of indices: 0, 1, ...
 
     Raises:
-        ValueError: for lists of different lengths, and for a tensor that does not fit its parameter in shape.
-        TypeError: for one that does not fit in dtype.
+        ValueError: for lists of different lengths, a tensor that does not fit its parameter in shape or device, and a
+            number out of range: lr, weight_decay and eps are not negative, beta1 and beta2 in [0, 1).
+        TypeError: for one that does not fit in dtype, and for what is no list of tensors.
     """
     lists: dict[str, Sequence[Tensor]] = {
         "grads": grads,
@@ -201,9 +202,17 @@ def adamw(
         "exp_avg_sq_scales": exp_avg_sq_scales,
     }
     required = ("grads", "exp_avgs", "exp_avg_sqs", "state_steps")
-    for name, values in [*lists.items(), ("indices", indices)]:
-        if len(values) != len(params) and (name in required or len(values)):
-            raise ValueError(f"adamw: {name} has {len(values)} entries for {len(params)} parameters")
+    given: dict[str, Sequence[Tensor]] = {"params": params, **lists}
+    for name, values in given.items():
+        if isinstance(values, Tensor):
+            raise TypeError(f"adamw: {name} must be a list of tensors, got one tensor")
+        for i, entry in enumerate(values):
+            if not isinstance(entry, Tensor):
+                raise TypeError(f"adamw: {name}[{i}] must be a tensor, got {type(entry).__name__}")
+    lengths = {**{name: len(values) for name, values in lists.items()}, "indices": len(indices)}
+    for name, length in lengths.items():
+        if length != len(params) and (name in required or length):
+            raise ValueError(f"adamw: {name} has {length} entries for {len(params)} parameters")
     for i, param in enumerate(params):
         if param.device != params[0].device:
             raise ValueError(f"adamw: params[{i}] is on {param.device}, params[0] on {params[0].device}")
@@ -211,11 +220,21 @@ def adamw(
     for name, value in {"grad_scale": grad_scale, "found_inf": found_inf, "grad_norm": grad_norm}.items():
         if value is not None and value.numel() != 1:
             raise ValueError(f"adamw: {name} must have one element, got shape {tuple(value.shape)}")
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"adamw: lr must be a number or have one element, got shape {tuple(lr.shape)}")
+    on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"
+    for name, number in {"lr": 0.0 if on_device else float(lr), "weight_decay": weight_decay, "eps": eps}.items():
+        if not 0 <= number < math.inf:
+            raise ValueError(f"adamw: {name} must be finite and not negative, got {number}")
+    for name, number in {"beta1": beta1, "beta2": beta2}.items():
+        if not 0 <= number < 1:
+            raise ValueError(f"adamw: {name} must be in [0, 1), got {number}")
+    if not isinstance(seed, int):
+        raise TypeError(f"adamw: seed must be an int, got {type(seed).__name__}")
     if (grad_norm is None) != (max_norm == 0) or max_norm < 0:
         raise ValueError(f"adamw: grad_norm and a positive max_norm go together, got max_norm={max_norm}")
     if not params:
         return
-    on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"
     with torch.no_grad():
         step_op(
             *(list(values) for values in (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps)),
@@ -240,8 +259,10 @@ def _check(index: int, param: Tensor, parts: dict[str, Tensor]) -> None:
     if not param.is_floating_point():
         raise TypeError(f"adamw: params[{index}] must be floating point, got {param.dtype}")
     quantized = parts["exp_avgs"].dtype == torch.uint8
-    if quantized and ("exp_avg_scales" not in parts or "max_exp_avg_sqs" in parts):
+    if quantized and (not {"exp_avg_scales", "exp_avg_sq_scales"} <= set(parts) or "max_exp_avg_sqs" in parts):
         raise ValueError("adamw: moments of 8 bits need exp_avg_scales and exp_avg_sq_scales, and know no amsgrad")
+    if any(stride == 0 and size > 1 for stride, size in zip(param.stride(), param.shape, strict=True)):
+        raise ValueError(f"adamw: params[{index}] is expanded: its elements share memory, strides {param.stride()}")
     for name, tensor in parts.items():
         shape: Sequence[int] = param.shape
         if name in ("exp_avg_scales", "exp_avg_sq_scales"):
@@ -260,6 +281,9 @@ def _check(index: int, param: Tensor, parts: dict[str, Tensor]) -> None:
             "exp_avg_sqs": tensor.dtype == parts["exp_avgs"].dtype,
             "max_exp_avg_sqs": tensor.dtype == parts["exp_avgs"].dtype,
             "masters": tensor.dtype == torch.float32 or (tensor.dtype == torch.int16 and param.dtype == torch.bfloat16),
+            "exp_avg_scales": tensor.dtype == torch.float32,
+            "exp_avg_sq_scales": tensor.dtype == torch.float32,
         }.get(name, tensor.is_floating_point())
         if not allowed:
-            raise TypeError(f"adamw: {name}[{index}] cannot be {tensor.dtype} for a parameter of {param.dtype}")
+            beside = "" if name in ("grads", "masters") else f" with exp_avgs of {parts['exp_avgs'].dtype}"
+            raise TypeError(f"adamw: {name}[{index}] cannot be {tensor.dtype} for a parameter of {param.dtype}{beside}")

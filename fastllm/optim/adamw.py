@@ -16,6 +16,7 @@ from fastllm.backends import steered
 from fastllm.ops.adamw import TABLE_GRAD, grad_norm, has_tables, make_table, step_op, table_step
 from fastllm.optim import _state
 from fastllm.optim._overlap import check_overlap
+from fastllm.reference import adamw as reference
 
 
 class _Plan(NamedTuple):
@@ -199,9 +200,9 @@ class AdamW(torch.optim.AdamW):
             at `grad_norm`.
         master_weights: for parameters of 16 bits. "float32" keeps what they are rounded from, under state key "master";
             "remainder" keeps only the 16 bits that rounding to bfloat16 took, under "remainder": bit for bit the same
-            training at half the memory. Both round to the nearest bfloat16, ties away from zero (so that the two
-            agree), to the nearest float16, ties to even. Whoever changes a parameter afterwards must delete its
-            "master".
+            training for 2 extra bytes instead of 4. Both round to the nearest bfloat16, ties away from zero (so that
+            the two agree), to the nearest float16, ties to even. Whoever changes a parameter afterwards must delete
+            its "master" or "remainder" from `state`.
         stochastic_rounding: round parameters of 16 bits up or down at random, right on average: no memory at all. The
             random numbers depend on (seed, step, index of the parameter, shard of a DTensor, element in the order of
             memory), and on nothing else: not on devices, threads or launches.
@@ -392,6 +393,8 @@ class AdamW(torch.optim.AdamW):
             first += len(group["params"])
         norm = None
         if self.max_norm is not None and batches:
+            if any(map(operator.attrgetter("is_sparse"), chain.from_iterable(batch.grads for batch in batches))):
+                raise RuntimeError(reference.SPARSE)
             norm = self.grad_norm = _total_norm(batches, grad_scale)
             if self.skip_nonfinite:
                 bad = (~norm.isfinite()).float()
@@ -435,7 +438,9 @@ class AdamW(torch.optim.AdamW):
         try:
             contiguous = all(map(Tensor.is_contiguous, params)) and all(map(Tensor.is_contiguous, grads))
             addresses, grad_addresses = (list(map(Tensor.data_ptr, some)) for some in (tensors, grads))
-        except RuntimeError:  # of a sparse gradient: the op says what it thinks of it
+        except RuntimeError:
+            if any(grad.is_sparse for grad in grads):
+                raise RuntimeError(reference.SPARSE) from None
             return None
         kinds = [grad.dtype for grad in grads] + list(map(Tensor.numel, grads))
         strides = None if contiguous else [x.stride() for x in chain(params, grads)]

@@ -17,6 +17,7 @@ from torch import Tensor
 from fastllm.reference._philox import philox
 
 BLOCK = 256  # elements of 8-bit moments that share a scale
+SPARSE = "AdamW does not support sparse gradients; consider torch.optim.SparseAdam"
 
 
 def adamw_norm(grads: list[Tensor]) -> Tensor:
@@ -55,7 +56,7 @@ def adamw_step(
     if lr_tensor is not None:
         lr = lr_tensor.item()
     if any(grad.layout != torch.strided for grad in grads):
-        raise RuntimeError("AdamW does not support sparse gradients; consider torch.optim.SparseAdam")
+        raise RuntimeError(SPARSE)
     sign = -1.0 if maximize else 1.0
     for i, param in enumerate(params):
         acc = torch.promote_types(param.dtype, torch.float32)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 import math
 import sys
 import time
@@ -152,7 +154,12 @@ def evaluate(
 
     Returns:
         (nats a token, number of tokens).
+
+    Raises:
+        ValueError: for a batch_size below 1.
     """
+    if batch_size < 1:
+        raise ValueError(f"evaluate: batch_size must be at least 1, got {batch_size}")
     device = next(model.parameters()).device
     batches = -(-len(data) // batch_size)
     if max_batches:
@@ -209,6 +216,14 @@ class Trainer:
         self.optimizer = make_optimizer(model, config)
         self.step = 0
         """Optimizer steps taken so far."""
+
+    @functools.cached_property
+    def _data_digest(self) -> str | None:
+        """Of a data set's tokens, if it keeps them as ours do."""
+        tokens = getattr(self.data, "tokens", None)
+        if not isinstance(tokens, Tensor):
+            return None
+        return hashlib.sha256(tokens.cpu().contiguous().numpy().data).hexdigest()
 
     def learning_rate(self) -> float:
         """Of the step to come."""
@@ -352,6 +367,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "rng_cpu": torch.get_rng_state(),
             "rng_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            "data": self._data_digest,
         }
         config = {"model": dataclasses.asdict(self.model.config), "train": dataclasses.asdict(self.config)}
         return checkpoint.save_checkpoint(
@@ -363,7 +379,7 @@ class Trainer:
 
         Raises:
             FileNotFoundError: where there is none.
-            ValueError: where it is damaged or another model's.
+            ValueError: where it is damaged, another model's, or was trained on other tokens.
         """
         path = checkpoint.find_checkpoint(path)
         checkpoint.load_weights(path, self.model)
@@ -371,6 +387,8 @@ class Trainer:
             state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, ValueError) as error:
             raise ValueError(f"{path / 'state.pt'} cannot be loaded: {error}") from error
+        if state.get("data") != self._data_digest:
+            raise ValueError(f"{path} was trained on other tokens than those given, so it cannot be resumed with them")
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
         torch.set_rng_state(state["rng_cpu"])

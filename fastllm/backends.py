@@ -132,6 +132,19 @@ def _always(*args) -> None:
     return None
 
 
+def _without_autocast(run: Callable) -> Callable:
+    """`run` as it would be without autocast, whose casts are made outside of an op, if they are."""
+
+    def plain(*args):
+        device = next(_tensors(args)).device.type
+        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+            return run(*args)
+        with torch.autocast(device, enabled=False):
+            return run(*args)
+
+    return plain
+
+
 class Op:
     """A registered op: `torch.ops.fastllm.<name>`, and `<name>_fallback`, which never reaches a C++ kernel.
 
@@ -165,7 +178,7 @@ class Op:
             # that, and nothing is computed wrongly meanwhile.
             else replace(backend, run=self.call)
             if backend.key
-            else backend
+            else replace(backend, run=_without_autocast(backend.run))
             for backend in (*backends, Backend("reference", _always, reference))
         )
         self._warned: set[str] = set()
@@ -277,8 +290,7 @@ def explain(op: str | Callable, *args, **kwargs) -> Explanation:
     with _explain_lock:
         _set_state(_forced, explanation)
         try:
-            with torch.no_grad():
-                function(*args, **kwargs)
+            function(*args, **kwargs)  # with gradients, if they are on: backends differ in those they give
         finally:
             _set_state(_forced, None)
     if not explanation:

@@ -50,9 +50,22 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def precision(dtype: torch.dtype) -> str:
+    """How float32 matrices are multiplied: as torch was told to, by its old switch or its new one."""
+    if dtype != torch.float32:
+        return "ieee"
+    matmul = torch.backends.cuda.matmul
+    try:
+        return "tf32" if matmul.allow_tf32 else "ieee"
+    except RuntimeError:  # the new one was used, and torch refuses to say what that is to the old one
+        return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
+
+
 def launch(kernel, grid: tuple[int, ...], config: Config, **args) -> None:
-    """Starts `kernel` on the current stream. Floating-point fusion is asked for by name: Triton's default changes."""
-    kernel[grid](**args, **config.blocks, num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True)
+    """Starts `kernel` on the tensors' device, on its current stream. Floating-point fusion is asked for by name:
+    Triton's default changes."""
+    with torch.cuda.device_of(next(arg for arg in args.values() if isinstance(arg, torch.Tensor))):
+        kernel[grid](**args, **config.blocks, num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True)
 
 
 # Tuning, on demand

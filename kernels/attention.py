@@ -108,7 +108,7 @@ def _common(
         "threshold": round(dropout_p * 2**24),
         "D": q.shape[3], "DV": v.shape[3], "LEFT": left >= 0, "RIGHT": right >= 0, "BOTTOM_RIGHT": bottom_right,
         "MASK": kind, "ALIBI": slopes is not None, "SOFTCAP": softcap > 0, "DROPOUT": dropout_p > 0,
-        "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        "PRECISION": _utils.precision(q.dtype),
         "BLOCK_D": _block(q.shape[3]), "BLOCK_DV": _block(v.shape[3]),
     }  # fmt: skip
 
@@ -134,12 +134,28 @@ def _run(kind: str, kernel, common: dict, args: dict, packed: Packed | None) -> 
         _utils.launch(kernel, (programs,), config, **common, **args, cu_q=cu_q, cu_k=cu_k, tiles=tiles, blocks=blocks,
                       VARLEN=packed is not None)  # fmt: skip
 
-    variant = [common[name] for name in ("D", "DV", "LEFT", "RIGHT", "MASK", "ALIBI", "SOFTCAP", "DROPOUT")]
+    names = (
+        "D",
+        "DV",
+        "LEFT",
+        "RIGHT",
+        "MASK",
+        "ALIBI",
+        "SOFTCAP",
+        "DROPOUT",
+        "GRAD_K",
+        "GRAD_V",
+        "PRECISION",
+        "group",
+    )
+    variant = [(common | args).get(name) for name in names]
+    other = common["q" if of_keys else "k"].shape[2]
     chip, dtype = _utils.chip(common["q"].device), common["q"].dtype
     featured = any(common[name] for name in ("MASK", "ALIBI", "SOFTCAP", "DROPOUT"))
     default = config(kind, max(common["BLOCK_D"], common["BLOCK_DV"]), dtype, featured, chip)
-    key = (kind, *chip, str(dtype), *variant, packed is not None, rows.bit_length())
-    start(_utils.choose(key, default, CANDIDATES[kind], start))
+    key = (kind, *chip, str(dtype), *variant, packed is not None, rows.bit_length(), other.bit_length())
+    with torch.cuda.device_of(common["q"]):  # tuning times on the current device
+        start(_utils.choose(key, default, CANDIDATES[kind], start))
 
 
 def attention_fwd(
@@ -193,7 +209,8 @@ def attention_bwd(
         heads=heads, seq_q=rows, blocks=blocks, DV=size, DLSE=dlse is not None,
     )  # fmt: skip
     if dsinks is not None and sinks is not None:
-        shares = torch.exp(sinks.float()[:, None] - lse) * delta
+        # A query that sees nothing, not even a sink, has lse -inf and no part in this.
+        shares = torch.exp(sinks.float()[:, None] - lse.masked_fill(lse == -torch.inf, torch.inf)) * delta
         torch.sum(shares, (0, 2), out=dsinks) if dsinks.dtype == torch.float32 else dsinks.copy_(shares.sum((0, 2)))
         dsinks.neg_()
     common = _common(q, k, v, mask, slopes, seed, scores)

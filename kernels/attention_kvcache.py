@@ -26,7 +26,7 @@ def _attention_decode_kernel(
     q, k, v, lengths, slopes, parts, part_lse,
     stride_qb, stride_qh, stride_qs, stride_qd, stride_kb, stride_kh, stride_ks, stride_kd,
     stride_vb, stride_vh, stride_vs, stride_vd, stride_slope_b, stride_slope_h,
-    batch_size, heads, group, seq_q, row_blocks, splits, window_left, window_right, scale_log2, cap_in, cap_out,
+    batch_size, heads, group, seq_q, seq_k, row_blocks, splits, window_left, window_right, scale_log2, cap_in, cap_out,
     D: tl.constexpr, DV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, ALIBI: tl.constexpr,
     SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -37,7 +37,7 @@ def _attention_decode_kernel(
     kv_heads = heads // group
     kv_head = (pid // splits // row_blocks % kv_heads).to(tl.int64)
     batch = (pid // splits // row_blocks // kv_heads).to(tl.int64)
-    length = tl.load(lengths + batch).to(tl.int32)
+    length = tl.minimum(tl.maximum(tl.load(lengths + batch), 0), seq_k).to(tl.int32)  # never out of bounds
 
     rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
     head = kv_head * group + rows // seq_q
@@ -152,11 +152,11 @@ def attention_kvcache_fwd(
         **_strides("q", q, "bhsd"), **_strides("k", k, "bhsd"), **_strides("v", v, "bhsd"),
         stride_slope_b=0 if slopes is None else slopes.stride(0),
         stride_slope_h=0 if slopes is None else slopes.stride(1),
-        batch_size=batch, heads=heads, group=group, seq_q=seq_q, row_blocks=row_blocks, splits=splits,
+        batch_size=batch, heads=heads, group=group, seq_q=seq_q, seq_k=max_k, row_blocks=row_blocks, splits=splits,
         window_left=min(max(left, 0), far), window_right=min(max(right, 0), far), scale_log2=scale * LOG2E,
         cap_in=scale / softcap if softcap else 0.0, cap_out=softcap * LOG2E, D=size, DV=value_size,
         LEFT=left >= 0, RIGHT=right >= 0, ALIBI=slopes is not None, SOFTCAP=softcap > 0,
-        PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee", BLOCK_D=_block(size),
+        PRECISION=_utils.precision(q.dtype), BLOCK_D=_block(size),
         BLOCK_DV=_block(value_size),
     )  # fmt: skip
     rows = batch * heads * seq_q

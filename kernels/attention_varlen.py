@@ -21,7 +21,7 @@ def _slopes(slopes: Tensor | None) -> Tensor | None:
     """With one more row, for the rows behind the last sequence."""
     if slopes is None or slopes.stride(0) == 0:
         return slopes
-    return torch.cat([slopes, slopes[-1:]])
+    return torch.cat([slopes, slopes.new_zeros(1, slopes.shape[1])])
 
 
 def attention_varlen_fwd(

@@ -156,7 +156,7 @@ def training(
         None,
         _empty(batch, heads, dtype=torch.float32) if alibi else None,
         _empty(1, dtype=torch.int64) if dropout else None,
-        attention.Scores(dropout, 0.1, left, right, softcap, False),
+        attention.Scores(dropout, 0.1, left, right, softcap, varlen),
         attention.Packed(_empty(9, dtype=torch.int32), _empty(9, dtype=torch.int32)) if varlen else None,
     )
     attention.attention_fwd(out, lse, q, k, v, *rest)

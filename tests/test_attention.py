@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 
 import pytest
 import torch
@@ -58,6 +59,8 @@ def test_gradient_of_the_mask():
     explanation = fastllm.explain(ops.attention, q.detach(), k, v, mask)
     assert explanation.backend == "reference"
     assert "gives attn_mask no gradient" in str(explanation)
+    with torch.no_grad():  # nobody asks for it
+        assert fastllm.explain(ops.attention, q.detach(), k, v, mask).backend == "torch"
 
 
 def test_the_reference_is_torchs_function():
@@ -195,10 +198,12 @@ def test_empty(backend):
         assert all(not x.grad.any() and x.grad.shape == x.shape for x in (q, k, v))
 
 
-def test_layout_of_the_output():
+@pytest.mark.parametrize("backend", [None, "torch", "reference"])
+def test_layout_of_the_output(backend):
     x = torch.randn(2, 5, 3, 8).transpose(1, 2)
-    assert ops.attention(x, x, x).transpose(1, 2).is_contiguous()
-    assert ops.attention(*(x.contiguous(),) * 3).is_contiguous()
+    with fastllm.use_backend(backend):
+        assert ops.attention(x, x, x).transpose(1, 2).is_contiguous()
+        assert ops.attention(*(x.contiguous(),) * 3).is_contiguous()
 
 
 def test_every_element_is_written():
@@ -210,21 +215,74 @@ def test_every_element_is_written():
                 assert not x.isnan().any()
 
 
-def test_double_backward_is_refused():
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_double_backward_is_refused(backend):
     q, k, v = draw(1, 1, 4, 8)
-    (grad,) = torch.autograd.grad(ops.attention(q, k, v).square().sum(), q, create_graph=True)
-    with pytest.raises(
-        RuntimeError, match=r"once_differentiable|does not require grad|not have been used|is not implemented"
-    ):
-        torch.autograd.grad(grad.sum(), q)
+    with fastllm.use_backend(backend):
+        (grad,) = torch.autograd.grad(ops.attention(q, k, v).square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
 
 
-def test_autocast():
+@pytest.mark.parametrize("backend", [None, "torch", "reference"])
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_autocast(backend, return_lse):
+    """It casts the tensors, once: inside, the arithmetic is what it would be for bfloat16 tensors."""
     q, k, v = draw(1, 2, 8, 16)
-    with torch.autocast("cpu", torch.bfloat16):
-        out, stock = ops.attention(q, k, v), F.scaled_dot_product_attention(q, k, v)
-    assert out.dtype == stock.dtype == torch.bfloat16
-    torch.testing.assert_close(out, stock, rtol=2e-2, atol=2e-2)
+    shorts = [x.detach().bfloat16().requires_grad_() for x in (q, k, v)]
+    with fastllm.use_backend(backend):
+        with torch.autocast("cpu", torch.bfloat16):
+            found = ops.attention(q, k, v, return_lse=return_lse)
+        wanted = ops.attention(*shorts, return_lse=return_lse)
+        if not return_lse:
+            found, wanted = (found,), (wanted,)
+        for a, b in zip(found, wanted, strict=True):
+            assert a.dtype == b.dtype
+            assert torch.equal(a, b)
+        with torch.autocast("cpu", torch.bfloat16):  # some call backward inside
+            grads = torch.autograd.grad(found[0].sum(), (q, k, v))
+        for a, b in zip(grads, torch.autograd.grad(wanted[0].sum(), shorts), strict=True):
+            assert torch.equal(a, b.float())
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5])
+@pytest.mark.parametrize("kwargs", [{}, {"is_causal": True}, {"window_size": (2, 0)}], ids=str)
+@pytest.mark.filterwarnings("ignore::fastllm.FallbackWarning")
+def test_scales_that_are_not_positive(scale, kwargs):
+    """torch's CPU kernel makes NaN of them where something is masked."""
+    q, k, v = draw(1, 2, 6, 8, dtype=torch.float64)
+    out = ops.attention(q, k, v, scale=scale, **kwargs)
+    expected = eager_attention(q, k, v, scale=scale, **kwargs)
+    torch.testing.assert_close(out, expected)
+    got, wanted = (torch.autograd.grad(x.sin().sum(), (q, k, v)) for x in (out, expected))
+    torch.testing.assert_close(got, wanted)
+    with fastllm.use_backend("torch"), pytest.raises(fastllm.BackendUnavailable, match="must be positive, got"):
+        ops.attention(q, k, v, scale=scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+def test_masks_keep_their_bits(dtype):
+    """1 + 2^-10 is a float16 and no bfloat16: added to logits of zero, and then the logarithm of their sum."""
+    q = torch.zeros(1, 1, 4, 8, dtype=torch.bfloat16)
+    mask = torch.full((4, 4), 1 + 2**-10, dtype=dtype)
+    with fastllm.use_backend("torch"):
+        _, lse = ops.attention(q, q, q, mask, return_lse=True)
+    torch.testing.assert_close(lse, torch.full((1, 1, 4), 1 + 2**-10 + math.log(4)), rtol=0, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::fastllm.FallbackWarning")
+def test_a_sink_of_minus_infinity_is_none():
+    q, k, v = draw(1, 2, 5, 8)
+    sinks = torch.tensor([-torch.inf, 0.5], requires_grad=True)
+    mask = torch.ones(5, 5, dtype=torch.bool)
+    mask[2] = False
+    out, lse = ops.attention(q, k, v, mask, sinks=sinks, return_lse=True)
+    grads = torch.autograd.grad(out.sum() + lse[:, :, [0, 1, 3, 4]].sum(), (q, k, v, sinks))
+    assert lse[0, 0, 2] == -torch.inf
+    assert lse[0, 1, 2] == 0.5
+    assert not any(x.isnan().any() for x in (out, lse, *grads))
+    assert grads[3][0] == 0
+    assert grads[3][1] > 0
 
 
 def _scores(dropout_p=0.0, left=-1, right=0, softcap=0.0):

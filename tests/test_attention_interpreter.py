@@ -45,7 +45,7 @@ def shared_out(cases: list) -> list:
 
 
 if INSIDE:
-    from attention_suite import FEATURES, PAIRS, check, check_kvcache, check_varlen, cumulative
+    from attention_suite import FEATURES, PAIRS, check, check_kvcache, check_varlen, cumulative, eager_attention
 
     import fastllm
     from fastllm import ops
@@ -165,6 +165,53 @@ if INSIDE:
                 assert lse[0, 0, 3] == -torch.inf
                 assert not dq[0, 0, 3].any()
                 assert not any(x.isnan().any() for x in (out, dq, dk, dv))
+
+        def test_a_sink_of_minus_infinity_is_none():
+            q, k, v = (torch.randn(1, 2, 20, 16, requires_grad=True) for _ in range(3))
+            sinks = torch.tensor([-torch.inf, 0.5], requires_grad=True)
+            mask = torch.ones(20, 20, dtype=torch.bool)
+            mask[3] = False
+            out, lse = ops.attention(q, k, v, mask, sinks=sinks, return_lse=True)
+            grads = torch.autograd.grad(out.square().sum(), (q, k, v, sinks))
+            assert lse[0, 0, 3] == -torch.inf
+            assert not any(x.isnan().any() for x in (out, lse, *grads))
+            assert grads[3][0] == 0
+
+        def test_no_sequences():
+            q, k, v = (torch.randn(3, 2, 16, requires_grad=True) for _ in range(3))
+            cu = torch.zeros(1, dtype=torch.int32)
+            out = ops.attention_varlen(q, k, v, cu, cu, 0, 0, alibi_slopes=torch.ones(0, 2))
+            assert not any(x.any() for x in (out, *torch.autograd.grad(out.sum(), (q, k, v))))
+
+        def test_lengths_outside_the_cache_read_nothing_outside_it():
+            from fastllm.kernels import attention_kvcache as kernels
+
+            q, cache = torch.randn(3, 2, 1, 16), torch.randn(3, 2, 40, 16)
+            results = []
+            for lengths in ([-5, 99, 7], [0, 40, 7]):
+                out, lse = torch.empty_like(q), torch.empty(3, 2, 1)
+                scores = kernels.Scores(0.0, 0.25, -1, 0, 0.0, True)
+                kernels.attention_kvcache_fwd(out, lse, q, cache, cache, torch.tensor(lengths), None, None, scores)
+                results.append((out, lse))
+            assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+        def test_either_switch_of_float32_precision():
+            """torch refuses to read the old one once the new one was used."""
+            from fastllm.kernels import _utils
+
+            matmul, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.fp32_precision
+            try:
+                for value, expected in (("tf32", "tf32"), ("ieee", "ieee")):
+                    matmul.fp32_precision = value
+                    assert _utils.precision(torch.float32) == expected
+                    assert _utils.precision(torch.float16) == "ieee"
+                    q = torch.randn(1, 1, 4, 16)
+                    torch.testing.assert_close(ops.attention(q, q, q), eager_attention(q, q, q))
+            finally:
+                matmul.fp32_precision = before
+            for allowed in (True, False):
+                matmul.allow_tf32 = allowed
+                assert _utils.precision(torch.float32) == ("tf32" if allowed else "ieee")
 
         def test_what_the_kernels_refuse():
             q = torch.randn(1, 1, 4, 16)

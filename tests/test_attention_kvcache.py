@@ -58,12 +58,52 @@ def test_decoding_token_by_token_is_attention_over_the_whole():
     torch.testing.assert_close(torch.cat(outs, 2), eager_attention(q, k, v, is_causal=True, enable_gqa=True))
 
 
-def test_no_gradient():
-    q = torch.randn(1, 2, 1, 8, requires_grad=True)
-    cache = torch.randn(1, 2, 9, 8)
-    out = ops.attention_kvcache(q, cache, cache, 5)
-    with pytest.raises(RuntimeError, match="for generation and has no gradient"):
-        out.sum().backward()
+@pytest.mark.parametrize("rows", [1, 80])
+@pytest.mark.parametrize("which", ["q", "k", "v"])
+def test_no_gradient(rows, which):
+    tensors = {name: torch.randn(1, 2, rows, 8, requires_grad=name == which) for name in "qkv"}
+    caches = [torch.zeros(1, 2, 99, 8) for _ in range(2)]
+    out = ops.attention_kvcache(tensors["q"], *caches, 5, tensors["k"], tensors["v"])
+    assert not any(cache.requires_grad for cache in caches)
+    assert torch.equal(caches[0][:, :, 5 : 5 + rows], tensors["k"])
+    if which == "q":
+        with pytest.raises(RuntimeError, match="for generation and has no gradient"):
+            out.sum().backward()
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"window_size": (30, 0)}, {"is_causal": False}, {"return_lse": True}], ids=str)
+def test_long_prompts(kwargs):
+    """They go through `attention`; the same as sequence by sequence."""
+    q, k, v = (torch.randn(2, heads, 70, 8) for heads in (4, 2, 2))
+    caches = [torch.randn(2, 2, 120, 8) for _ in range(2)]
+    assert fastllm.explain(ops.attention_kvcache, q, *caches, 9, k, v, **kwargs)[0].op == "attention_fwd"
+    copies = [[c.clone() for c in caches] for _ in range(2)]
+    with fastllm.use_backend("torch"):
+        found = ops.attention_kvcache(q, *copies[0], 9, k, v, **kwargs)
+        wanted = ops.attention_kvcache(q, *copies[1], torch.tensor([9, 9]), k, v, **kwargs)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(*copies)
+
+
+@pytest.mark.parametrize("lengths", [3, torch.tensor([3, 4])], ids=["int", "tensor"])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_autocast_casts_to_the_caches_dtype(lengths, rows):
+    caches = [torch.randn(2, 2, 9, 8) for _ in range(2)]
+    q, k, v = (torch.randn(2, heads, rows, 8, dtype=torch.bfloat16) for heads in (4, 2, 2))
+    copies = [[c.clone() for c in caches] for _ in range(2)]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = ops.attention_kvcache(q, *copies[0], lengths, k, v)
+    wanted = ops.attention_kvcache(q.float(), *copies[1], lengths, k.float(), v.float())
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(*copies)
+
+
+@pytest.mark.filterwarnings("ignore::fastllm.FallbackWarning")
+def test_scales_that_are_not_positive():
+    q, cache = torch.randn(2, 4, 1, 8), torch.randn(2, 2, 9, 8)
+    out = ops.attention_kvcache(q, cache, cache, 5, scale=0.0)
+    torch.testing.assert_close(out, cache[:, :, :5].mean(2, keepdim=True).repeat_interleave(2, 1))
 
 
 def test_opcheck_and_compile():
@@ -84,7 +124,8 @@ def test_opcheck_and_compile():
 
 
 def test_hostile_arguments():
-    q, cache = torch.randn(2, 4, 1, 8), torch.randn(2, 2, 9, 8)
+    q, cache, new = torch.randn(2, 4, 1, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 2, 8)
+    before = cache.clone()
     for args, kwargs, error, message in (
         ((q, cache[:1], cache[:1], 3), {}, ValueError, "q has batch size 2, k_cache 1"),
         ((q, cache, cache, 3.0), {}, TypeError, "cache_seqlens must be an int"),
@@ -92,6 +133,16 @@ def test_hostile_arguments():
         ((q, cache, cache, 3, cache), {}, ValueError, "k and v go together"),
         ((q, cache, cache, 3, cache[:, :1], cache), {}, ValueError, "k must have the cache's shape"),
         ((q[:, :3], cache, cache, 3), {}, ValueError, "must be a multiple of key's"),
+        ((q, None, cache, 3), {}, TypeError, "k_cache must be a tensor, got NoneType"),
+        ((q, cache, cache, -1), {}, ValueError, "cache_seqlens of -1 do not fit into a cache of 9 tokens"),
+        ((q, cache, cache, 10), {}, ValueError, "cache_seqlens of 10 do not fit"),
+        ((q, cache, cache, torch.tensor([3, -2])), {}, ValueError, "cache_seqlens of -2 do not fit"),
+        ((q, cache, cache, 8, new, new), {}, ValueError, "of 8 and 2 new ones do not fit into a cache of 9 tokens"),
+        ((q, cache, cache, torch.tensor([7, 8]), new, new), {}, ValueError, "of 8 and 2 new ones"),
+        ((q, cache, cache, 3, new, new[:, :, :1]), {}, ValueError, "k has 2 tokens, v 1"),
+        ((q, cache, cache, 3, new.half(), new), {}, TypeError, "k must have q's dtype"),
+        ((q, cache, cache, 3, new, new.to("meta")), {}, ValueError, "q is on cpu, v on meta"),
     ):
         with pytest.raises(error, match=f"^attention_kvcache: .*{message}"):
             ops.attention_kvcache(*args, **kwargs)
+    assert torch.equal(cache, before), "nothing was written"

@@ -45,6 +45,28 @@ def test_rows_behind_the_last_sequence_are_zero(backend):
     assert not any(grad[14:].any() for grad in grads)
 
 
+def test_gradient_of_the_sinks_behind_the_last_sequence():
+    """lse is the sink itself there."""
+    q, k, v = (x.detach().double() for x in packed(20))
+    sinks = torch.randn(2, dtype=torch.float64, requires_grad=True)
+    cu = cumulative((5, 9))
+
+    def lse(sinks):
+        return ops.attention_varlen(q, k, v, cu, cu, 9, 9, sinks=sinks, return_lse=True)[1]
+
+    assert torch.autograd.gradcheck(lse, sinks)
+    assert torch.equal(lse(sinks)[:, 14:], sinks[:, None].expand(2, 6))
+
+
+def test_no_sequences():
+    q, k, v = packed(3)
+    cu = torch.zeros(1, dtype=torch.int32)
+    with fastllm.use_backend("reference"):
+        out = ops.attention_varlen(q, k, v, cu, cu, 0, 0, alibi_slopes=torch.ones(0, 2))
+    assert not out.any()
+    assert not any(grad.any() for grad in torch.autograd.grad(out.sum(), (q, k, v)))
+
+
 def test_packing_gives_the_loss_and_gradients_of_the_documents_one_by_one():
     """A whole block: projections, attention, cross-entropy. What packing must not change."""
     torch.manual_seed(0)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from attention_suite import cumulative, eager_attention
 
+import fastllm
 from fastllm.compat import flash_attn
 
 
@@ -51,7 +52,18 @@ def test_func():
         )
     out, lse, nothing = flash_attn.flash_attn_func(q, k, v, causal=True, return_attn_probs=True)
     assert lse.shape == (2, 4, 5)
+    assert not lse.requires_grad
     assert nothing is None
+
+
+def test_the_backward_is_torchs_kernel_when_compiled():
+    """It has none for lse, which is asked for with return_attn_probs only."""
+    q, k, v = (draw(2, 9, 2, 8) for _ in range(3))
+    compiled = torch.compile(flash_attn.flash_attn_func, fullgraph=True, backend="aot_eager")
+    with fastllm.use_backend("torch"):
+        grads = torch.autograd.grad(compiled(q, k, v, causal=True).sin().sum(), (q, k, v))
+    wanted = torch.autograd.grad(stock(q, k, v, is_causal=True).sin().sum(), (q, k, v))
+    torch.testing.assert_close(grads, wanted)
 
 
 def test_packed():
@@ -73,6 +85,12 @@ def test_varlen():
         stock(q[None, 4:], k[None, 8:], v[None, 8:], is_causal=True),
     ]
     torch.testing.assert_close(out, torch.cat(parts, 1)[0])
+    kv = torch.stack([k, v], 1)
+    packed = flash_attn.flash_attn_varlen_kvpacked_func(q, kv, cu_q, cu_k, 6, 8, causal=True)
+    torch.testing.assert_close(packed, out)
+    qkv = draw(10, 3, 4, 8)
+    packed = flash_attn.flash_attn_varlen_qkvpacked_func(qkv, cu_q, 6, causal=True)
+    torch.testing.assert_close(packed, flash_attn.flash_attn_varlen_func(*qkv.unbind(1), cu_q, cu_q, 6, 6, causal=True))
     with pytest.raises(NotImplementedError, match="block_table"):
         flash_attn.flash_attn_varlen_func(q, k, v, cu_q, cu_k, 6, 8, block_table=cu_q)
 
@@ -93,5 +111,7 @@ def test_with_kvcache():
         assert torch.equal(k_cache[b : b + 1, : length + 3], whole[0])
         assert torch.equal(k_cache[b, length + 3 :], before[0][b, length + 3 :])
     torch.testing.assert_close(flash_attn.flash_attn_with_kvcache(q, *before), stock(q, *before))
+    with pytest.raises(ValueError, match="need cache_seqlens"):
+        flash_attn.flash_attn_with_kvcache(q, k_cache, v_cache, k, v)
     with pytest.raises(NotImplementedError, match="rotary_cos"):
         flash_attn.flash_attn_with_kvcache(q, k_cache, v_cache, rotary_cos=q)

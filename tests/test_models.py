@@ -320,6 +320,18 @@ def test_packed_documents_are_worth_what_they_are_one_by_one(preset, ops):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize("ops", ["fastllm", "torch"])
+def test_documents_found_outside_compile_into_one_graph(ops):
+    config = GPTConfig.llama(vocab_size=50, context=24, layers=2, heads=4, width=32, document_token=END, ops=ops)
+    torch.manual_seed(0)
+    model = GPT(config)
+    tokens = packed_tokens()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for rows in (tokens, tokens.flip(0), tokens.flip(1)):
+        loss = compiled(rows, rows, documents=model.documents(rows))
+        torch.testing.assert_close(loss, model(rows, rows))
+
+
 def test_without_a_document_token_rows_are_whole():
     config = GPTConfig.llama(vocab_size=50, context=24, layers=2, heads=4, width=32)
     torch.manual_seed(0)

@@ -6,6 +6,8 @@ Fewer heads in k and v than in q mean grouped-query attention.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from fastllm.ops import attention, attention_kvcache, attention_varlen
 
 __all__ = [
     "flash_attn_func", "flash_attn_kvpacked_func", "flash_attn_qkvpacked_func", "flash_attn_varlen_func",
-    "flash_attn_with_kvcache",
+    "flash_attn_varlen_kvpacked_func", "flash_attn_varlen_qkvpacked_func", "flash_attn_with_kvcache",
 ]  # fmt: skip
 
 
@@ -21,9 +23,9 @@ def _heads_first(x: Tensor) -> Tensor:
     return x.transpose(1, 2)
 
 
-def _probabilities(return_attn_probs: bool, out: Tensor, lse: Tensor):
-    """flash-attn returns (out, lse, S_dmask) then; the last is for its own tests."""
-    return (out, lse, None) if return_attn_probs else out
+def _probabilities(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, None]:
+    """What flash-attn calls (out, lse, S_dmask): lse has no gradient there, and S_dmask is for its own tests."""
+    return out, lse.detach(), None
 
 
 def flash_attn_func(
@@ -40,12 +42,15 @@ def flash_attn_func(
     return_attn_probs: bool = False,
 ):
     """As flash_attn.flash_attn_func: out (B, Sq, H, DV), or (out, lse (B, H, Sq), None) with return_attn_probs."""
-    out, lse = attention(
+    found = attention(
         _heads_first(q), _heads_first(k), _heads_first(v), None, dropout_p, causal, softmax_scale, True,
         window_size=window_size, softcap=softcap, alibi_slopes=alibi_slopes, causal_align="bottom_right",
-        deterministic=deterministic, return_lse=True,
+        deterministic=deterministic, return_lse=return_attn_probs,
     )  # fmt: skip
-    return _probabilities(return_attn_probs, out.transpose(1, 2), lse)
+    if return_attn_probs:
+        out, lse = found
+        return _probabilities(out.transpose(1, 2), lse)
+    return cast("Tensor", found).transpose(1, 2)
 
 
 def flash_attn_kvpacked_func(
@@ -90,12 +95,35 @@ def flash_attn_varlen_func(
     """As flash_attn.flash_attn_varlen_func, without paged caches."""
     if block_table is not None:
         raise NotImplementedError("flash_attn_varlen_func: block_table (a paged cache) is not supported")
-    out, lse = attention_varlen(
+    found = attention_varlen(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal=causal, scale=softmax_scale,
         window_size=window_size, enable_gqa=True, dropout_p=dropout_p, softcap=softcap, alibi_slopes=alibi_slopes,
-        deterministic=deterministic, return_lse=True,
+        deterministic=deterministic, return_lse=return_attn_probs,
     )  # fmt: skip
-    return _probabilities(return_attn_probs, out, lse)
+    return _probabilities(*found) if return_attn_probs else found
+
+
+def flash_attn_varlen_kvpacked_func(
+    q: Tensor,  # (total_q, H, D)
+    kv: Tensor,  # (total_k, 2, HK, D)
+    *args,
+    **kwargs,
+):
+    """As flash_attn.flash_attn_varlen_kvpacked_func; further arguments as `flash_attn_varlen_func`."""
+    k, v = kv.unbind(1)
+    return flash_attn_varlen_func(q, k, v, *args, **kwargs)
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv: Tensor,  # (total, 3, H, D)
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *args,
+    **kwargs,
+):
+    """As flash_attn.flash_attn_varlen_qkvpacked_func; further arguments as `flash_attn_varlen_func`."""
+    q, k, v = qkv.unbind(1)
+    return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, *args, **kwargs)
 
 
 def flash_attn_with_kvcache(
@@ -127,11 +155,16 @@ def flash_attn_with_kvcache(
         if value is not None:
             raise NotImplementedError(f"flash_attn_with_kvcache: {label} is not supported")
     if cache_seqlens is None:
+        if k is not None:
+            raise ValueError("flash_attn_with_kvcache: k and v need cache_seqlens, behind which they are written")
         cache_seqlens = torch.full((q.shape[0],), k_cache.shape[1], dtype=torch.int32, device=q.device)
-    out, lse = attention_kvcache(
+    found = attention_kvcache(
         _heads_first(q), _heads_first(k_cache), _heads_first(v_cache), cache_seqlens,
         None if k is None else _heads_first(k), None if v is None else _heads_first(v), is_causal=causal,
-        scale=softmax_scale, window_size=window_size, softcap=softcap, alibi_slopes=alibi_slopes, return_lse=True,
+        scale=softmax_scale, window_size=window_size, softcap=softcap, alibi_slopes=alibi_slopes,
+        return_lse=return_softmax_lse,
     )  # fmt: skip
-    out = out.transpose(1, 2)
-    return (out, lse) if return_softmax_lse else out
+    if return_softmax_lse:
+        out, lse = found
+        return out.transpose(1, 2), lse
+    return cast("Tensor", found).transpose(1, 2)

@@ -154,10 +154,10 @@ class KVCache:
     def attend(self, layer: int, q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, stock: bool) -> Tensor:
         """Appends this call's keys and values to the layer's; the queries attend to all up to their own position."""
         k_BHSD, v_BHSD = self.k_LBHSD[layer], self.v_LBHSD[layer]
-        # Under autocast they come in another dtype than the cache has.
-        q_BHTD, k_BHTD, v_BHTD = (x.to(k_BHSD.dtype) for x in (q_BHTD, k_BHTD, v_BHTD))
         if not stock:
             return cast("Tensor", ops.attention_kvcache(q_BHTD, k_BHSD, v_BHSD, self.filled, k_BHTD, v_BHTD))
+        # Under autocast they come in another dtype than the cache has.
+        q_BHTD, k_BHTD, v_BHTD = (x.to(k_BHSD.dtype) for x in (q_BHTD, k_BHTD, v_BHTD))
         t = q_BHTD.shape[2]
         end = self.filled + t
         k_BHSD[:, :, self.filled : end] = k_BHTD
@@ -377,6 +377,12 @@ class GPT(nn.Module):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
+    def documents(self, tokens_BT: Tensor) -> Documents | None:
+        """Where the documents of these tokens lie; None for a model that does not look."""
+        if self.config.document_token is None:
+            return None
+        return Documents.of(tokens_BT, self.config.document_token, self.config.ops == "torch")
+
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
 
@@ -387,6 +393,7 @@ class GPT(nn.Module):
         *,
         reduction: str = "mean",
         cache: KVCache | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
         """Logits, or the loss where targets are given.
 
@@ -395,6 +402,8 @@ class GPT(nn.Module):
             targets_BT: (B, T) int64, the token after each; -100 takes no part in the loss.
             reduction: "mean" over the valid targets (NaN where there is none), or "sum".
             cache: holds the positions before these; these are appended to it.
+            documents: `self.documents(tokens_BT)`, which a compiled model cannot find by itself without leaving its
+                graph; found here unless given.
 
         Returns:
             (B, T, V) logits, or the cross-entropy in nats, a float32 scalar.
@@ -408,10 +417,10 @@ class GPT(nn.Module):
         end = start + tokens_BT.shape[1]
         if end > self.config.context:
             raise ValueError(f"GPT: {end} positions do not fit into the context of {self.config.context}")
-        documents = None
         at: Tensor | slice = slice(start, end)
-        if self.config.document_token is not None and cache is None:
-            documents = Documents.of(tokens_BT, self.config.document_token, self.config.ops == "torch")
+        if documents is None and cache is None:
+            documents = self.documents(tokens_BT)
+        if documents is not None:
             at = documents.positions_BT
         residual_BTC = self.embedding(tokens_BT)
         rotary = None

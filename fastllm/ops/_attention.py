@@ -44,7 +44,13 @@ def triton_supports(query: Tensor, key: Tensor, value: Tensor, mask_grad: bool, 
 
 
 def sdpa_supports(
-    query: Tensor, sinks: Tensor | None, slopes: Tensor | None, mask_grad: bool, dropout_p: float, softcap: float
+    query: Tensor,
+    sinks: Tensor | None,
+    slopes: Tensor | None,
+    mask_grad: bool,
+    dropout_p: float,
+    scale: float,
+    softcap: float,
 ) -> str | None:
     """Why torch's fused CPU attention cannot compute this, or None."""
     if query.device.type != "cpu":
@@ -59,10 +65,12 @@ def sdpa_supports(
         return "scaled_dot_product_attention draws other dropout masks"
     if mask_grad:
         return "torch's fused CPU attention gives attn_mask no gradient"
+    if not scale > 0:
+        return f"torch's fused CPU attention multiplies -inf by the scale, which must be positive, got {scale}"
     return None
 
 
-def stock_cpu(query: Tensor, key: Tensor, value: Tensor) -> bool:
+def stock_cpu(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> bool:
     """Whether scaled_dot_product_attention, which the op would choose on a CPU, may be called in its place."""
     return (
         query.device.type == "cpu"
@@ -70,6 +78,7 @@ def stock_cpu(query: Tensor, key: Tensor, value: Tensor) -> bool:
         and not backends.steered()
         and not torch.compiler.is_compiling()
         and query.shape[-1] == value.shape[-1]
+        and (scale is None or scale > 0)
         and bool(query.numel() and key.numel())
     )
 
@@ -200,11 +209,15 @@ def dropout_seed(query: Tensor, dropout_p: float) -> Tensor | None:
     return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=query.device)
 
 
+def autocasts(device: str) -> bool:
+    return device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
+
+
 def autocast(query: Tensor, *others: Tensor) -> list[Tensor]:
     """As torch does for scaled_dot_product_attention: floating tensors in autocast's dtype, where it is on."""
     tensors = [query, *others]
     device = query.device.type if isinstance(query, Tensor) else ""
-    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+    if not autocasts(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return [

@@ -42,7 +42,7 @@ def _triton_bwd_supports(dout, dlse, query, key, value, out, lse, *rest):
 def _sdpa_fwd_supports(
     query, key, value, attn_mask, sinks, slopes, seed, mask_grad, dropout_p, scale, left, right, softcap, bottom_right
 ):
-    return _attention.sdpa_supports(query, sinks, slopes, mask_grad, dropout_p, softcap)
+    return _attention.sdpa_supports(query, sinks, slopes, mask_grad, dropout_p, scale, softcap)
 
 
 def _sdpa_bwd_supports(dout, dlse, query, key, value, out, lse, *rest):
@@ -115,8 +115,7 @@ _bwd = Op(
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, attn_mask, sinks, slopes, seed, lse_grad, *scores):
-        mask_grad = attn_mask is not None and ctx.needs_input_grad[3]
+    def forward(ctx, query, key, value, attn_mask, sinks, slopes, seed, mask_grad, lse_grad, *scores):
         out, lse = _fwd(query, key, value, attn_mask, sinks, slopes, seed, mask_grad, *scores)
         ctx.save_for_backward(query, key, value, out, lse, attn_mask, sinks, slopes, seed)
         ctx.mask_grad, ctx.scores = mask_grad, scores
@@ -135,7 +134,7 @@ class _Attention(torch.autograd.Function):
         dq, dk, dv, dmask, dsinks = _bwd(dout, dlse, query, key, value, out, lse, *rest, ctx.mask_grad, *ctx.scores)
         dmask = dmask if ctx.mask_grad else None
         dsinks = dsinks if ctx.needs_input_grad[4] else None
-        return dq, dk, dv, dmask, dsinks, *(None,) * 9
+        return dq, dk, dv, dmask, dsinks, *(None,) * 10
 
 
 def attention(
@@ -212,14 +211,15 @@ def attention(
         attn_mask = _mask(attn_mask, query, (batch, heads, seq_q, key.shape[2]))
     plain = attn_mask is sinks is alibi_slopes is None and dropout_p == softcap == 0 and not return_lse
     simple = left == -1 and (right == -1 or (right == 0 and (causal_align == "top_left" or seq_q == key.shape[2])))
-    if plain and simple and _attention.stock_cpu(query, key, value):
+    if plain and simple and _attention.stock_cpu(query, key, value, scale):
         # What the torch backend would do, without the price of the op around it.
         return F.scaled_dot_product_attention(
             query, key, value, is_causal=right == 0, scale=scale, enable_gqa=enable_gqa
         )
     query, key, value = _attention.apart(query, key, value)
+    mask_grad = attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled()
     out, lse = _Attention.apply(
-        query, key, value, attn_mask, sinks, alibi_slopes, _attention.dropout_seed(query, dropout_p),
+        query, key, value, attn_mask, sinks, alibi_slopes, _attention.dropout_seed(query, dropout_p), mask_grad,
         return_lse, float(dropout_p), scale, left, right, float(softcap), causal_align == "bottom_right",
     )  # fmt: skip
     return (out, lse) if return_lse else out

@@ -8,7 +8,10 @@ from torch.nn import functional as F
 
 from fastllm.backends import Backend, Op
 from fastllm.ops import _attention, _sdpa
+from fastllm.ops.attention import attention
 from fastllm.reference import attention_kvcache as reference
+
+PROMPT = 64  # new tokens from which on the kernels of training are faster than those that share the cache out
 
 
 def _fake(query, k_cache, v_cache, *rest):
@@ -36,7 +39,7 @@ def _triton(query, k_cache, v_cache, lengths, sinks, slopes, scale, left, right,
 
 
 def _sdpa_supports(query, k_cache, v_cache, lengths, sinks, slopes, scale, left, right, softcap):
-    return _attention.sdpa_supports(query, sinks, slopes, False, 0.0, softcap)
+    return _attention.sdpa_supports(query, sinks, slopes, False, 0.0, scale, softcap)
 
 
 def _sdpa_run(query, k_cache, v_cache, lengths, sinks, slopes, scale, left, right, softcap):
@@ -97,13 +100,16 @@ def attention_kvcache(
     """Attention of new queries over a cache of keys and values, with every sequence of the batch at its own length.
 
     With k and v, they are first written into the caches, in place, behind the cache_seqlens[b] tokens that are there,
-    and attended to as well. The last query stands at the last key.
+    and attended to as well. The last query stands at the last key. A prompt of 64 tokens or more, of one length for
+    all, goes through the kernels of `attention`.
 
     Args:
         q: (B, H, Sq, D), any strides; float32, bfloat16, float16; float64 on the CPU.
         k_cache, v_cache: (B, HK, Smax, D) and (B, HK, Smax, DV); H is a multiple of HK.
-        cache_seqlens: (B,) int32 or int64, or one int: the tokens in the cache, without k and v.
-        k, v: (B, HK, Snew, D) and (B, HK, Snew, DV), or None. cache_seqlens + Snew must not exceed Smax.
+        cache_seqlens: (B,) int32 or int64, or one int: the tokens in the cache, without k and v. On a GPU it is not
+            checked against the cache, for which the host would have to wait; what lies outside is not read.
+        k, v: (B, HK, Snew, D) and (B, HK, Snew, DV), or None. cache_seqlens + Snew must not exceed Smax. Under
+            autocast they and q are cast to the caches' dtype, in which the result is then.
         is_causal: a query sees keys up to its own position.
         scale, window_size, softcap, sinks, alibi_slopes: as `attention`.
         return_lse: also return lse.
@@ -115,18 +121,34 @@ def attention_kvcache(
         TypeError: for dtypes that are not floating or not one; ValueError: for shapes, devices or numbers that do not
             fit.
     """
+    name = "attention_kvcache"
+    if isinstance(q, Tensor) and isinstance(k_cache, Tensor) and _attention.autocasts(q.device.type):
+        q = q.to(k_cache.dtype)
+        k, v = (x.to(k_cache.dtype) if isinstance(x, Tensor) else x for x in (k, v))
+        with torch.autocast(q.device.type, enabled=False):
+            return attention_kvcache(
+                q, k_cache, v_cache, cache_seqlens, k, v, is_causal=is_causal, scale=scale, window_size=window_size,
+                softcap=softcap, sinks=sinks, alibi_slopes=alibi_slopes, return_lse=return_lse,
+            )  # fmt: skip
     if sinks is alibi_slopes is None and softcap == 0 and not return_lse and window_size == (-1, -1):
         out = _stock(q, k_cache, v_cache, cache_seqlens, k, v, is_causal, scale)
         if out is not None:
             return out
-    name = "attention_kvcache"
     _attention.check_tensors(name, "BHSD", q=q, k_cache=k_cache, v_cache=v_cache)
     _attention.check_heads(name, q, k_cache, v_cache, 1, True)
     batch = q.shape[0]
     if k_cache.shape[0] != batch:
         raise ValueError(f"{name}: q has batch size {batch}, k_cache {k_cache.shape[0]}")
-    if isinstance(cache_seqlens, int):
-        cache_seqlens = torch.full((batch,), cache_seqlens, dtype=torch.int32, device=q.device)
+    if (k is None) != (v is None):
+        raise ValueError(f"{name}: k and v go together")
+    new = 0
+    if k is not None and v is not None:
+        _check_new(q, k_cache, v_cache, k, v)
+        new = k.shape[2]
+    length = cache_seqlens if isinstance(cache_seqlens, int) else None
+    if length is not None:
+        _check_length(length, new, k_cache.shape[2])
+        cache_seqlens = torch.full((batch,), length, dtype=torch.int32, device=q.device)
     if not isinstance(cache_seqlens, Tensor) or cache_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name}: cache_seqlens must be an int, or an int32 or int64 tensor, got {cache_seqlens!r}")
     if cache_seqlens.shape != (batch,) or cache_seqlens.device != q.device:
@@ -134,10 +156,22 @@ def attention_kvcache(
             f"{name}: cache_seqlens must have shape ({batch},) on {q.device}, got {tuple(cache_seqlens.shape)} on "
             f"{cache_seqlens.device}"
         )
+    if length is None and cache_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        for length_b in cache_seqlens.tolist():
+            _check_length(length_b, new, k_cache.shape[2])
     left, right = _attention.check_window(name, window_size, is_causal)
+    inputs = (q, k_cache, v_cache, k, v, sinks)
+    differentiated = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    if length is not None and q.shape[2] >= PROMPT and not differentiated:
+        if k is not None and v is not None:
+            with torch.no_grad():
+                k_cache[:, :, length : length + new], v_cache[:, :, length : length + new] = k, v
+        k_cache, v_cache = (cache[:, :, : length + new] for cache in (k_cache, v_cache))
+        return attention(
+            q, k_cache, v_cache, scale=scale, window_size=(left, right), softcap=softcap, sinks=sinks,
+            alibi_slopes=alibi_slopes, causal_align="bottom_right", enable_gqa=True, return_lse=return_lse,
+        )  # fmt: skip
     scale, alibi_slopes = _attention.check_extras(name, q, q.shape[1], batch, 0.0, scale, softcap, sinks, alibi_slopes)
-    if (k is None) != (v is None):
-        raise ValueError(f"{name}: k and v go together")
     if k is not None and v is not None:
         cache_seqlens = _append(k_cache, v_cache, k, v, cache_seqlens)
     out, lse = _AttentionKVCache.apply(
@@ -152,20 +186,23 @@ def _stock(
 ) -> Tensor | None:  # fmt: skip
     """What stock attention on a CPU can do in one call, without the price of the checks and the op around it, which is
     that of a short cache; None if these arguments are anything else, or wrong."""
-    if not isinstance(length, int) or not _attention.stock_cpu(q, k_cache, v_cache):
+    tensors = [q, k_cache, v_cache, *(x for x in (k, v) if x is not None)]
+    if not isinstance(length, int) or not all(isinstance(x, Tensor) and x.dim() == 4 for x in tensors):
+        return None
+    if not _attention.stock_cpu(q, k_cache, v_cache, scale):
         return None
     (batch, heads, rows, size), kept = q.shape, k_cache.shape
-    new = (batch, kept[1], k.shape[2], size) if k is not None and k.dim() == 4 else None
+    new = None if k is None else (batch, kept[1], k.shape[2], size)
     end = length + (0 if new is None else new[2])
     fits = (
         kept == v_cache.shape == (batch, kept[1], kept[2], size)
         and heads % kept[1] == 0
-        and q.dtype == k_cache.dtype == v_cache.dtype
         and length >= 0
         and 0 < end <= kept[2]
         and rows in (1, end)  # of one query, or of as many as there are keys, causal means the same to torch
         and ((k is None and v is None) or (v is not None and new == k.shape == v.shape))  # type: ignore[union-attr]
-        and not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k_cache, v_cache)))
+        and all(x.dtype == q.dtype and x.device == q.device for x in tensors)
+        and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
     )
     if not fits:
         return None
@@ -182,18 +219,32 @@ def _stock(
     )
 
 
-def _append(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
-    """Writes k and v behind the first `lengths` tokens; returns the new lengths."""
+def _check_new(q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor) -> None:
+    _attention.check_tensors("attention_kvcache", "BHSD", q=q, k=k, v=v)
     for label, new, cache in (("k", k, k_cache), ("v", v, v_cache)):
-        if new.dim() != 4 or new.shape[:2] != cache.shape[:2] or new.shape[3] != cache.shape[3]:
+        if new.shape[:2] != cache.shape[:2] or new.shape[3] != cache.shape[3]:
             raise ValueError(
                 f"attention_kvcache: {label} must have the cache's shape {tuple(cache.shape)} but for its length, got "
                 f"{tuple(new.shape)}"
             )
+    if k.shape[2] != v.shape[2]:
+        raise ValueError(f"attention_kvcache: k has {k.shape[2]} tokens, v {v.shape[2]}")
+
+
+def _check_length(length: int, new: int, room: int) -> None:
+    if not 0 <= length <= room - new:
+        behind = f" and {new} new ones" if new else ""
+        raise ValueError(
+            f"attention_kvcache: cache_seqlens of {length}{behind} do not fit into a cache of {room} tokens"
+        )
+
+
+def _append(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+    """Writes k and v behind the first `lengths` tokens; returns the new lengths."""
     count = k.shape[2]
     places = lengths.long()[:, None] + torch.arange(count, device=k.device)
     rows = torch.arange(k.shape[0], device=k.device)[:, None]
     with torch.no_grad():
-        k_cache.transpose(1, 2)[rows, places] = k.transpose(1, 2).to(k_cache.dtype)
-        v_cache.transpose(1, 2)[rows, places] = v.transpose(1, 2).to(v_cache.dtype)
+        k_cache.transpose(1, 2)[rows, places] = k.transpose(1, 2)
+        v_cache.transpose(1, 2)[rows, places] = v.transpose(1, 2)
     return lengths + count

@@ -31,7 +31,7 @@ def _triton_bwd_supports(dout, dlse, query, key, value, out, lse, *rest):
 def _sdpa_fwd_supports(
     query, key, value, cu_q, cu_k, sinks, slopes, seed, max_q, max_k, dropout_p, scale, left, right, softcap, corner
 ):
-    return _attention.sdpa_supports(query, sinks, slopes, False, dropout_p, softcap)
+    return _attention.sdpa_supports(query, sinks, slopes, False, dropout_p, scale, softcap)
 
 
 def _sdpa_bwd_supports(dout, dlse, query, key, value, out, lse, *rest):

@@ -47,6 +47,11 @@ def distance(seq_q: int, seq_k: int, bottom_right: bool, device) -> Tensor:
     return torch.arange(seq_k, device=device)[None, :] - torch.arange(seq_q, device=device)[:, None] - diagonal
 
 
+def _finite(lse: Tensor) -> Tensor:
+    """For exp(t - lse): a row that sees nothing has lse -inf, and probabilities of zero."""
+    return lse.masked_fill(lse == -torch.inf, torch.inf)
+
+
 class Attention:
     """The intermediate values that forward and backward share; `q` (B, H, Sq, D), `k` and `v` (B, HK, Sk, D or DV)."""
 
@@ -84,7 +89,7 @@ class Attention:
         return (p if self.z is None else p * self.z) @ self.v, lse
 
     def probabilities(self, lse: Tensor) -> Tensor:
-        return torch.exp(self.t - lse.masked_fill(lse == -torch.inf, torch.inf)[..., None])
+        return torch.exp(self.t - _finite(lse)[..., None])
 
     def backward(self, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor):
         """Returns dq, dk, dv, the gradient of t (B, H, Sq, Sk), and dsinks (H,) or None."""
@@ -100,7 +105,7 @@ class Attention:
             dp = dp * self.z
         dt = p * (dp - delta[..., None])
         ds = dt * self.scale if not self.softcap else dt * (1 - self.tanh.square()) * self.scale
-        dsinks = None if self.sinks is None else -(torch.exp(self.sinks - lse) * delta).sum((0, 2))
+        dsinks = None if self.sinks is None else -(torch.exp(self.sinks - _finite(lse)) * delta).sum((0, 2))
         return ds @ self.k, self._by_group(ds.mT @ self.q), self._by_group(dv), dt, dsinks
 
     def _by_group(self, grad: Tensor) -> Tensor:

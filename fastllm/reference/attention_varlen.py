@@ -20,7 +20,11 @@ def _packed(x: Tensor) -> Tensor:
 
 
 def _sequences(q, k, v, cu_q, cu_k, sinks, slopes, seed, scores) -> Iterator[tuple[slice, slice, Attention]]:
-    bounds_q, bounds_k = cu_q.tolist(), cu_k.tolist()
+    """Every sequence, and the rows behind the last as one more, without keys."""
+    bounds_q, bounds_k = [*cu_q.tolist(), q.shape[0]], cu_k.tolist()
+    bounds_k.append(bounds_k[-1])
+    if slopes is not None:
+        slopes = torch.cat([slopes, slopes.new_zeros(1, slopes.shape[1])])
     for n in range(len(bounds_q) - 1):
         rows, keys = slice(*bounds_q[n : n + 2]), slice(*bounds_k[n : n + 2])
         slope = None if slopes is None else slopes[n : n + 1]
@@ -46,10 +50,8 @@ def attention_varlen_fwd(
     Behind the last sequence they are what a query without keys gets.
     """
     acc = torch.promote_types(query.dtype, torch.float32)
-    out = query.new_zeros(*query.shape[:2], value.shape[2])
-    lse = query.new_full((query.shape[1], query.shape[0]), -torch.inf, dtype=acc)
-    if sinks is not None:
-        lse = torch.logaddexp(lse, sinks.to(acc)[:, None])
+    out = query.new_empty(*query.shape[:2], value.shape[2])
+    lse = query.new_empty((query.shape[1], query.shape[0]), dtype=acc)
     for rows, _, attention in _sequences(query, key, value, cu_seq_q, cu_seq_k, sinks, alibi_slopes, seed, scores):
         part, part_lse = attention.forward()
         out[rows], lse[:, rows] = _packed(part).to(out.dtype), part_lse[0]

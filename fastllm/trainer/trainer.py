@@ -254,8 +254,10 @@ class Trainer:
         self.model.train()
         total = torch.zeros((), device=self.device)
         for inputs, targets in batches:
+            inputs, targets = self._to_device(inputs), self._to_device(targets)
+            documents = self.model.documents(inputs)
             with _autocast(self.device, config.precision):
-                loss = self.forward(self._to_device(inputs), self._to_device(targets), reduction="sum") / tokens
+                loss = self.forward(inputs, targets, reduction="sum", documents=documents) / tokens
             loss.backward()
             total += loss.detach()
         fused = isinstance(self.optimizer, AdamW)

@@ -71,8 +71,11 @@ class Case:
         flops: that must be done.
         target: for the reader: what is aimed at.
         kwargs: fastllm's keyword arguments; the rivals know theirs.
+        call: what is timed as fastllm, where that is not the op itself.
         check: draws the arguments that correctness is checked on, where those of `args` are too large for float64.
         inference: the op has no gradient.
+        rounds: how many are timed at the least and at the most; fewer where one takes seconds.
+        compiled: whether torch.compile of eager is timed, too.
         setup: for what is not a function of tensors: checks correctness and returns, by name, what to call before a
             timed call and what to time, with "fastllm" and "eager" among them. `args` are then for `fastllm.explain`
             only.
@@ -87,8 +90,11 @@ class Case:
     flops: int
     target: str = ""
     kwargs: dict[str, Any] = field(default_factory=dict)
+    call: Callable | None = None
     check: Callable[[], tuple] | None = None
     inference: bool = False
+    rounds: tuple[int, int] = (MIN_ROUNDS, MAX_ROUNDS)
+    compiled: bool = True
     setup: Callable[[], dict[str, Ready]] | None = None
 
 
@@ -129,6 +135,16 @@ def _contender(name: str, fn: Callable, case: Case, args: tuple) -> Contender:
     return Contender(name, lambda: None, lambda _: backward(forward()))
 
 
+def _on_copies(op: Callable) -> Callable:
+    """`op`, which may write into its arguments, on copies: others are to see them, too."""
+
+    @functools.wraps(op)
+    def on_copies(*args):
+        return op(*(arg.clone() if isinstance(arg, Tensor) else arg for arg in args))
+
+    return on_copies
+
+
 class Race:
     """Fastllm and its rivals on one case.
 
@@ -152,7 +168,8 @@ class Race:
         started = time.perf_counter()
         self.round()
         self.round()
-        self.rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, int(2 * seconds / (time.perf_counter() - started))))
+        least, most = case.rounds
+        self.rounds = min(most, max(least, int(2 * seconds / (time.perf_counter() - started))))
 
     def _try(self, name: str, make_contender: Callable[[], Contender]) -> None:
         try:
@@ -171,10 +188,13 @@ class Race:
             self._try(name, functools.partial(contender, name, ready))
 
     def _add_functions(self, case: Case, args: tuple) -> None:
-        op = functools.partial(getattr(ops, case.op), **case.kwargs) if case.kwargs else getattr(ops, case.op)
+        op = case.call or getattr(ops, case.op)
+        op = functools.partial(op, **case.kwargs) if case.kwargs else op
         check = check_outputs if case.inference else check_op
-        check(op, case.rivals["eager"], args if case.check is None else case.check())
-        rivals = {**case.rivals, "torch.compile": torch.compile(case.rivals["eager"], fullgraph=True, dynamic=False)}
+        check(_on_copies(op), case.rivals["eager"], args if case.check is None else case.check())
+        rivals = dict(case.rivals)
+        if case.compiled:
+            rivals["torch.compile"] = torch.compile(case.rivals["eager"], fullgraph=True, dynamic=False)
         self.contenders.append(_contender("fastllm", op, case, args))
         for name, fn in rivals.items():
             self._try(name, functools.partial(_contender, name, fn, case, args))

@@ -223,7 +223,7 @@ class Op:
         rejected: list[tuple[Backend, str]] = []
         for backend, reason in self.candidates(*args):
             if backend.key is None and reason is None:
-                if backend.name == "reference" or any(t.device.type != "cpu" for t in _tensors(args)):
+                if backend.name == "reference" or (rejected and any(t.device.type != "cpu" for t in _tensors(args))):
                     self._warn(backend.name, rejected, args)
                 return backend.run(*args)
             rejected.append((backend, reason or "handed these arguments over"))

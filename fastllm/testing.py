@@ -137,7 +137,23 @@ def _adamw_sample(draw: Callable[..., Tensor]) -> tuple[tuple, dict[str, Any]]:
     return (*lists, steps), hyper
 
 
+def _cross_entropy_sample(draw: Callable[..., Tensor]) -> tuple[tuple, dict[str, Any]]:
+    x = draw(5, 9)
+    return (x, torch.tensor([3, 0, -100, 8, 8], device=x.device)), {
+        "label_smoothing": 0.1,
+        "z_loss": 0.1,
+        "softcap": 5.0,
+    }
+
+
+def _linear_cross_entropy_sample(draw: Callable[..., Tensor]) -> tuple[tuple, dict[str, Any]]:
+    x, weight, bias = draw(5, 8), draw(9, 8), draw(9)
+    return (x, weight, torch.tensor([3, 0, -100, 8, 8], device=x.device)), {"linear_bias": bias, "chunk_size": 2}
+
+
 _SAMPLES |= {
+    "cross_entropy": _cross_entropy_sample,
+    "linear_cross_entropy": _linear_cross_entropy_sample,
     "adamw": _adamw_sample,
     "attention": _attention_sample,
     "attention_varlen": _varlen_sample,

@@ -13,7 +13,8 @@ def _c(block_m: int, block_n: int, warps: int, stages: int) -> Config:
     return Config({"BLOCK_M": block_m, "BLOCK_N": block_n}, warps, stages)
 
 
-# FEATURED: where a mask, ALiBi, a softcap or dropout is on, the logits need registers that larger tiles would take.
+# FEATURED: where a mask, ALiBi, a softcap or dropout is on, or the head size is no power of two, logits or the masks of
+# loads need registers that larger tiles would take.
 HOPPER = {
     "fwd": {64: _c(128, 128, 8, 3), 128: _c(128, 64, 8, 3), 256: _c(128, 32, 8, 2)},
     "dkdv": {64: _c(64, 128, 8, 3), 128: _c(32, 128, 8, 2), 256: _c(32, 64, 8, 2)},

@@ -152,6 +152,7 @@ def _run(kind: str, kernel, common: dict, args: dict, packed: Packed | None) -> 
     other = common["q" if of_keys else "k"].shape[2]
     chip, dtype = _utils.chip(common["q"].device), common["q"].dtype
     featured = any(common[name] for name in ("MASK", "ALIBI", "SOFTCAP", "DROPOUT"))
+    featured |= (common["D"], common["DV"]) != (common["BLOCK_D"], common["BLOCK_DV"])  # masked loads take registers
     default = config(kind, max(common["BLOCK_D"], common["BLOCK_DV"]), dtype, featured, chip)
     key = (kind, *chip, str(dtype), *variant, packed is not None, rows.bit_length(), other.bit_length())
     with torch.cuda.device_of(common["q"]):  # tuning times on the current device

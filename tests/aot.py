@@ -125,6 +125,8 @@ VARIANTS: dict[str, dict] = {
     "softcap": {"softcap": 30.0},
     "alibi": {"alibi": True},
     "dropout": {"dropout": 0.1},
+    "sinks": {"sinks": True},
+    "odd": {"odd": True},
     "float32": {"dtype": torch.float32},
 }
 
@@ -134,33 +136,33 @@ def _empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 
 def training(
-    size: int, dtype=torch.bfloat16, left=-1, right=0, mask=False, softcap=0.0, alibi=False, dropout=0.0, varlen=False
-) -> None:
-    """Forward and backward of (B, S, H, D) views with grouped heads."""
+    size: int, dtype=torch.bfloat16, left=-1, right=0, mask=False, softcap=0.0, alibi=False, dropout=0.0, sinks=False,
+    varlen=False, odd=False,
+) -> None:  # fmt: skip
+    """Forward and backward of (B, S, H, D) views with grouped heads. `sinks` comes with a gradient of lse; `odd`: head
+    sizes below a power of two, the value's another than the key's."""
     from fastllm.kernels import attention
 
     batch, rows, heads, kv_heads = (1 if varlen else 2), 4096, 16, 4
 
-    def draw(heads: int) -> torch.Tensor:
+    def draw(heads: int, size: int) -> torch.Tensor:
         return _empty(batch, rows, heads, size, dtype=dtype).transpose(1, 2)
 
-    q, k, v, out, lse = (
-        draw(heads),
-        draw(kv_heads),
-        draw(kv_heads),
-        draw(heads),
-        _empty(batch, heads, rows, dtype=torch.float32),
-    )
+    value_size = size - 8 if odd else size
+    size = size - 24 if odd else size
+    q, k, v, out = draw(heads, size), draw(kv_heads, size), draw(kv_heads, value_size), draw(heads, value_size)
+    lse, sink = _empty(batch, heads, rows, dtype=torch.float32), _empty(heads) if sinks else None
     rest = (
         _empty(batch, 1, rows, rows, dtype=dtype).expand(batch, heads, rows, rows) if mask else None,
-        None,
+        sink,
         _empty(batch, heads, dtype=torch.float32) if alibi else None,
         _empty(1, dtype=torch.int64) if dropout else None,
         attention.Scores(dropout, 0.1, left, right, softcap, varlen),
         attention.Packed(_empty(9, dtype=torch.int32), _empty(9, dtype=torch.int32)) if varlen else None,
     )
     attention.attention_fwd(out, lse, q, k, v, *rest)
-    attention.attention_bwd(q, k, v, None, out, None, q, k, v, out, lse, *rest)
+    dsinks, dlse = (None, None) if sink is None else (torch.empty_like(sink), lse)
+    attention.attention_bwd(q, k, v, dsinks, out, dlse, q, k, v, out, lse, *rest)
 
 
 def decoding(size: int, group: int, dtype=torch.bfloat16) -> None:
@@ -185,7 +187,7 @@ def jobs(target: str, everything: bool) -> Iterator[tuple[str, str, int, Launch]
         for size in SIZES:
             if everything or wanted(variant, size):
                 for launch in record(target, lambda size=size, arguments=arguments: training(size, **arguments)):
-                    if variant == "causal" or "delta" not in launch.kernel.__name__:
+                    if variant in ("causal", "sinks") or "delta" not in launch.kernel.__name__:
                         yield target, variant, size, launch
     for size in SIZES:
         for variant, group, dtype in (

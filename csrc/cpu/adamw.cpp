@@ -11,19 +11,6 @@ namespace fastllm {
 
 namespace {
 
-const AdamwBlocks& blocks_kernel() {
-  switch (cpu_capability()) {
-#ifdef FASTLLM_X86
-    case Capability::kAvx512:
-      return avx512::adamw_blocks;
-    case Capability::kAvx2:
-      return avx2::adamw_blocks;
-#endif
-    default:
-      return baseline::adamw_blocks;
-  }
-}
-
 // The tensors one after the other as blocks of kAdamwBlock elements, so that threads share them evenly, whether there
 // is one huge tensor or thousands of small ones.
 class Blocks {
@@ -120,7 +107,7 @@ void run_adamw_step(AdamwTensors tensors, const AdamwCall& call, const AdamwDevi
     const bool known = !scalars.empty() && scalars.back().step == *t.step;
     scalars.push_back(known ? scalars.back() : adamw_scalars(hyper, *t.step));
   }
-  const AdamwBlocks& kernel = blocks_kernel();
+  const AdamwBlocks& kernel = FASTLLM_KERNELS(adamw_blocks);
   const Blocks blocks(tensors);
   torch::stable::parallel_for(0, blocks.count(), kGrain, [&](int64_t begin, int64_t end) {
     blocks.for_each(begin, end, [&](size_t i, int64_t first, int64_t last) {
@@ -131,7 +118,7 @@ void run_adamw_step(AdamwTensors tensors, const AdamwCall& call, const AdamwDevi
 
 void run_adamw_norm(AdamwTensors tensors, const Tensor& norm) {
   // Sums of a fixed number of blocks, added in order: neither the threads' number nor their timing matters.
-  const AdamwBlocks& kernel = blocks_kernel();
+  const AdamwBlocks& kernel = FASTLLM_KERNELS(adamw_blocks);
   const Blocks blocks(tensors);
   const int64_t parts = (blocks.count() + kGrain - 1) / kGrain;
   std::vector<double> sums(parts);

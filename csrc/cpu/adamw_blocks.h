@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../adamw_args.h"
+#include "capability.h"
 
 namespace fastllm {
 
@@ -20,14 +21,6 @@ struct AdamwBlocks {
   double (*square_sum)(const void* grad, DType dtype, int64_t n);
 };
 
-namespace baseline {
-extern const AdamwBlocks adamw_blocks;
-}
-namespace avx2 {
-extern const AdamwBlocks adamw_blocks;
-}
-namespace avx512 {
-extern const AdamwBlocks adamw_blocks;
-}
+FASTLLM_DECLARE_KERNELS(AdamwBlocks, adamw_blocks)
 
 }  // namespace fastllm

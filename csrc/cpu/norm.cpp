@@ -14,19 +14,6 @@ namespace fastllm {
 
 namespace {
 
-const NormRows& rows_kernel() {
-  switch (cpu_capability()) {
-#ifdef FASTLLM_X86
-    case Capability::kAvx512:
-      return avx512::norm_rows;
-    case Capability::kAvx2:
-      return avx2::norm_rows;
-#endif
-    default:
-      return baseline::norm_rows;
-  }
-}
-
 template <class F>
 void with_pointer(const Tensor& t, F f) {
   switch (t.scalar_type()) {
@@ -76,7 +63,7 @@ void run_norm_fwd(NormFwd a, const Tensor& x, const MaybeTensor& weight, const M
   a.bias = as_floats(bias, bias_buffer);
   a.weight_is_float = a.bias_is_float = true;
   a.streamed = should_stream(a.y, bytes_of(x), bytes_of(x) / a.rows);
-  const NormRows& kernel = rows_kernel();
+  const NormRows& kernel = FASTLLM_KERNELS(norm_rows);
   torch::stable::parallel_for(0, a.rows, grain(a.n), [&](int64_t begin, int64_t end) { kernel.fwd(a, begin, end); });
 }
 
@@ -93,7 +80,7 @@ void run_norm_bwd(NormBwd a, const Tensor& x, const MaybeTensor& weight, const N
   auto block_of = [&](std::vector<float>& sums, int64_t block) {
     return sums.empty() ? nullptr : sums.data() + block * a.n;
   };
-  const NormRows& kernel = rows_kernel();
+  const NormRows& kernel = FASTLLM_KERNELS(norm_rows);
   torch::stable::parallel_for(0, blocks, grain(block_rows * a.n), [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = std::min(a.rows, block * block_rows), last = std::min(a.rows, first + block_rows);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../norm_args.h"
+#include "capability.h"
 
 namespace fastllm {
 
@@ -11,14 +12,6 @@ struct NormRows {
   void (*bwd)(const NormBwd&, int64_t begin, int64_t end, float* dweight, float* dbias);
 };
 
-namespace baseline {
-extern const NormRows norm_rows;
-}
-namespace avx2 {
-extern const NormRows norm_rows;
-}
-namespace avx512 {
-extern const NormRows norm_rows;
-}
+FASTLLM_DECLARE_KERNELS(NormRows, norm_rows)
 
 }  // namespace fastllm

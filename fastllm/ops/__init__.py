@@ -6,7 +6,9 @@ from fastllm.ops.add_rms_norm import add_rms_norm
 from fastllm.ops.attention import attention
 from fastllm.ops.attention_kvcache import attention_kvcache
 from fastllm.ops.attention_varlen import attention_varlen
+from fastllm.ops.cross_entropy import cross_entropy
 from fastllm.ops.layer_norm import layer_norm
+from fastllm.ops.linear_cross_entropy import linear_cross_entropy
 from fastllm.ops.rms_norm import rms_norm
 
 __all__ = [
@@ -16,6 +18,8 @@ __all__ = [
     "attention",
     "attention_kvcache",
     "attention_varlen",
+    "cross_entropy",
     "layer_norm",
+    "linear_cross_entropy",
     "rms_norm",
 ]

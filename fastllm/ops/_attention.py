@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-
 import torch
 from torch import Tensor
 
 from fastllm import backends
+from fastllm.ops import _triton
 
 SCORES = "float dropout_p, float scale, SymInt window_left, SymInt window_right, float softcap, bool bottom_right"
-TRITON_MISSING = importlib.util.find_spec("triton") is None
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -25,13 +21,11 @@ def short(dtype: torch.dtype) -> str:
 
 def triton_supports(query: Tensor, key: Tensor, value: Tensor, mask_grad: bool, scale: float) -> str | None:
     """Why the Triton kernels cannot run this, or None."""
-    if TRITON_MISSING:
-        return "Triton is not installed"
-    if query.device.type != "cuda":  # torch calls AMD's devices that, too
-        if query.device.type != "cpu" or not INTERPRETED:
-            return f"runs on GPUs, the input is on {query.device.type}"
-        if query.dtype == torch.bfloat16:
-            return "Triton's interpreter multiplies bfloat16 matrices wrongly"
+    reason = _triton.device_reason(query)
+    if reason is not None:
+        return reason
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16:
+        return "Triton's interpreter multiplies bfloat16 matrices wrongly"
     if query.dtype not in KERNEL_DTYPES:
         return f"query must be float32, bfloat16 or float16, got {short(query.dtype)}"
     if query.shape[-1] > 256 or value.shape[-1] > 256:
@@ -74,7 +68,7 @@ def stock_cpu(query: Tensor, key: Tensor, value: Tensor, scale: float | None) ->
     """Whether scaled_dot_product_attention, which the op would choose on a CPU, may be called in its place."""
     return (
         query.device.type == "cpu"
-        and not INTERPRETED
+        and not _triton.INTERPRETED
         and not backends.steered()
         and not torch.compiler.is_compiling()
         and query.shape[-1] == value.shape[-1]

@@ -94,7 +94,7 @@ def has_tables(device: torch.device) -> bool:
     return device.type.upper() in step_op.built
 
 
-BLOCK = reference.BLOCK
+BLOCK, SPARSE = reference.BLOCK, reference.SPARSE
 join, split = reference.join, reference.split
 
 

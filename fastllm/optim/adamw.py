@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from fastllm.backends import steered
-from fastllm.ops.adamw import TABLE_GRAD, grad_norm, has_tables, make_table, step_op, table_step
+from fastllm.ops.adamw import SPARSE, TABLE_GRAD, grad_norm, has_tables, make_table, step_op, table_step
 from fastllm.optim import _state
 from fastllm.optim._overlap import check_overlap
-from fastllm.reference import adamw as reference
 
 
 class _Plan(NamedTuple):
@@ -394,7 +393,7 @@ class AdamW(torch.optim.AdamW):
         norm = None
         if self.max_norm is not None and batches:
             if any(map(operator.attrgetter("is_sparse"), chain.from_iterable(batch.grads for batch in batches))):
-                raise RuntimeError(reference.SPARSE)
+                raise RuntimeError(SPARSE)
             norm = self.grad_norm = _total_norm(batches, grad_scale)
             if self.skip_nonfinite:
                 bad = (~norm.isfinite()).float()
@@ -440,7 +439,7 @@ class AdamW(torch.optim.AdamW):
             addresses, grad_addresses = (list(map(Tensor.data_ptr, some)) for some in (tensors, grads))
         except RuntimeError:
             if any(grad.is_sparse for grad in grads):
-                raise RuntimeError(reference.SPARSE) from None
+                raise RuntimeError(SPARSE) from None
             return None
         kinds = [grad.dtype for grad in grads] + list(map(Tensor.numel, grads))
         strides = None if contiguous else [x.stride() for x in chain(params, grads)]

@@ -10,16 +10,6 @@ namespace {
 
 constexpr int64_t kBlock = 2048;  // elements summed before they are added to the row's total
 
-// Whole vectors go around the cache where `streamed`.
-template <class T>
-void store_output(T* p, Vec v, bool streamed) {
-  streamed ? stream(p, v) : store(p, v);
-}
-template <class T>
-void store_output(T* p, Vec v, bool, int64_t count) {
-  store(p, v, count);
-}
-
 template <bool kCentered, class T>
 void fwd_rows(const NormFwd& a, int64_t begin, int64_t end) {
   const int64_t n = a.n;

@@ -208,6 +208,16 @@ inline void store(T* p, Vec v, int64_t count) {
   __builtin_memcpy(p, buffer, sizeof(T) * count);
 }
 
+// Whole vectors go around the cache where `streamed`.
+template <class T>
+inline void store_output(T* p, Vec v, bool streamed) {
+  streamed ? stream(p, v) : store(p, v);
+}
+template <class T>
+inline void store_output(T* p, Vec v, bool, int64_t count) {
+  store(p, v, count);
+}
+
 // v without what stands past the end of a row, the lanes from `count` on.
 inline Vec inside(Vec v) {
   return v;

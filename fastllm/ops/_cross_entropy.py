@@ -1,0 +1,185 @@
+"""What cross_entropy and linear_cross_entropy have in common: ops over rows of logits, checks, the loss of a row."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastllm.backends import Backend, Op, compiled
+from fastllm.ops import _triton
+from fastllm.reference import cross_entropy as reference
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _supports(logits: Tensor, target: Tensor, weight: Tensor | None) -> str | None:
+    if logits.dtype not in KERNEL_DTYPES:
+        return f"computes float32, bfloat16 and float16 logits, not {logits.dtype}"
+    if target.is_floating_point():
+        return "computes class indices, not probabilities"
+    if weight is not None:
+        return "computes no label smoothing with class weights"
+    return None
+
+
+def _fwd_supports(logits, target, weight, *rest):
+    return _supports(logits, target, weight)
+
+
+def _bwd_supports(dlse, dpicked, dmean, logits, target, weight, *rest):
+    return _supports(logits, target, weight)
+
+
+def _bwd_in_place_supports(dlse, dpicked, dmean, logits, target, *rest):
+    return _supports(logits, target, None)
+
+
+def _fwd_triton(logits, target, weight, softcap, mean):
+    lse, picked, average = outputs = _fwd_fake(logits, target, weight, softcap, mean)
+    if logits.numel():
+        from fastllm.kernels import cross_entropy as kernels
+
+        kernels.cross_entropy_fwd(lse, picked, average if mean else None, _dense(logits), target, softcap)
+    return outputs
+
+
+def _bwd_triton(dlse, dpicked, dmean, logits, target, weight, lse, softcap):
+    dlogits = logits.new_empty(logits.shape)
+    _launch_bwd(dlogits, dlse, dpicked, dmean, logits, target, lse, softcap)
+    return dlogits
+
+
+def _bwd_in_place_triton(dlse, dpicked, dmean, logits, target, lse, softcap):
+    _launch_bwd(logits, dlse, dpicked, dmean, logits, target, lse, softcap)
+
+
+def _dense(logits: Tensor) -> Tensor:
+    """With dense rows, as the kernels walk along them."""
+    return logits if logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous()
+
+
+def _launch_bwd(dlogits, dlse, dpicked, dmean, logits, target, lse, softcap):
+    if logits.numel():
+        from fastllm.kernels import cross_entropy as kernels
+
+        out = _dense(dlogits)
+        kernels.cross_entropy_bwd(out, dlse, dpicked, dmean, _dense(logits), target, lse, softcap)
+        if out is not dlogits:
+            dlogits.copy_(out)
+
+
+def _bwd_in_place_reference(dlse, dpicked, dmean, logits, target, lse, softcap):
+    logits.copy_(reference.cross_entropy_bwd(dlse, dpicked, dmean, logits, target, None, lse, softcap))
+
+
+def _fwd_fake(logits, target, weight, softcap, mean):
+    acc = torch.promote_types(logits.dtype, torch.float32)
+    rows = logits.shape[0]
+    return *(logits.new_empty(rows, dtype=acc) for _ in range(2)), logits.new_empty(rows if mean else 0, dtype=acc)
+
+
+stats_fwd = Op(
+    "cross_entropy_fwd(Tensor logits, Tensor target, Tensor? weight, float softcap, bool mean) "
+    "-> (Tensor, Tensor, Tensor)",
+    reference=reference.cross_entropy_fwd,
+    fake=_fwd_fake,
+    backends=(Backend("triton", _triton.supports(_fwd_supports), _fwd_triton), compiled("CPU", _fwd_supports)),
+)
+stats_bwd = Op(
+    "cross_entropy_bwd(Tensor dlse, Tensor dpicked, Tensor? dmean, Tensor logits, Tensor target, Tensor? weight, "
+    "Tensor lse, float softcap) -> Tensor",
+    reference=reference.cross_entropy_bwd,
+    fake=lambda dlse, dpicked, dmean, logits, *rest: logits.new_empty(logits.shape),
+    backends=(Backend("triton", _triton.supports(_bwd_supports), _bwd_triton), compiled("CPU", _bwd_supports)),
+)
+stats_bwd_in_place = Op(
+    "cross_entropy_bwd_(Tensor dlse, Tensor dpicked, Tensor? dmean, Tensor(a!) logits, Tensor target, Tensor lse, "
+    "float softcap) -> ()",
+    reference=_bwd_in_place_reference,
+    fake=lambda *args: None,
+    backends=(
+        Backend("triton", _triton.supports(_bwd_in_place_supports), _bwd_in_place_triton),
+        compiled("CPU", _bwd_in_place_supports),
+    ),
+)
+
+
+def check_target(name: str, target: Tensor, classes: int, ignore_index: int) -> None:
+    """Raises for a class index that is none: at once on the CPU, by a device-side assertion on a GPU, as torch."""
+    wrong = (target != ignore_index) & ((target < 0) | (target >= classes))
+    if target.device.type == "cpu" and not torch.compiler.is_compiling():
+        if bool(wrong.any()):
+            raise IndexError(f"{name}: target {int(target[wrong][0])} is out of bounds for {classes} classes")
+    else:
+        torch._assert_async(~wrong.any(), f"{name}: a target is out of bounds for {classes} classes")
+
+
+def check_numbers(name: str, reduction: str, label_smoothing: float, z_loss: float, softcap: float) -> None:
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"{name}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"{name}: label_smoothing must be between 0 and 1, got {label_smoothing}")
+    for label, number in (("z_loss", z_loss), ("softcap", softcap)):
+        if not 0.0 <= number < math.inf:
+            raise ValueError(f"{name}: {label} must be finite and not negative, got {number}")
+
+
+def check_weight(name: str, weight: Tensor | None, classes: int, input: Tensor) -> None:
+    if weight is None:
+        return
+    if not isinstance(weight, Tensor) or not weight.dtype.is_floating_point:
+        raise TypeError(f"{name}: weight must be a floating tensor or None, got {getattr(weight, 'dtype', weight)!r}")
+    if weight.shape != (classes,) or weight.device != input.device:
+        raise ValueError(
+            f"{name}: weight must have shape ({classes},) on {input.device}, got {tuple(weight.shape)} on "
+            f"{weight.device}"
+        )
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name}: weight gets no gradient; detach it")
+
+
+def row_losses(
+    stats: tuple[Tensor, Tensor, Tensor | None],
+    target: Tensor,
+    weight: Tensor | None,
+    classes: int,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+) -> tuple[Tensor, Tensor | float]:
+    """The loss of each row, and what their sum is divided by for the mean."""
+    lse, picked, mean = stats
+    weight = None if weight is None else weight.to(lse.dtype)
+    valid = None
+    count: Tensor | float
+    if target.is_floating_point():
+        share = target.to(lse.dtype) if weight is None else target.to(lse.dtype) * weight
+        rows, count = share.sum(-1) * lse - picked, float(lse.shape[0])
+    else:
+        valid = target != ignore_index
+        rows, count = lse - picked, valid.sum()
+        if weight is not None:
+            chosen = torch.where(valid, weight[torch.where(valid, target, 0)], 0.0)
+            rows, count = chosen * rows, chosen.sum()
+    if mean is not None:
+        uniform = lse - mean if weight is None else weight.mean() * lse - mean
+        rows = (1 - label_smoothing) * rows + label_smoothing * uniform
+    if z_loss:
+        rows = rows + z_loss * lse.square()
+    return (rows if valid is None else torch.where(valid, rows, 0.0)), count
+
+
+def reduced(rows: Tensor, count: Tensor | float, reduction: str, num_valid: float | Tensor | None) -> Tensor:
+    if reduction == "none":
+        return rows
+    return rows.sum() / (count if num_valid is None else num_valid) if reduction == "mean" else rows.sum()
+
+
+def loss_dtype(input: Tensor) -> torch.dtype:
+    """torch's: the input's, but float32 under autocast."""
+    device = input.device.type
+    short = input.dtype in (torch.bfloat16, torch.float16)
+    autocasts = short and device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
+    return torch.float32 if autocasts else input.dtype

@@ -1,0 +1,74 @@
+"""Cross-entropy over a vocabulary that is cut over the ranks of a process group (Megatron-LM, Shoeybi et al., 2019)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def extent(size: int, device: torch.device, group: Any) -> tuple[int, int]:
+    """(size of the whole vocabulary, where this rank's part starts), from every rank's size."""
+    sizes = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=device)
+    rank = dist.get_rank(group)
+    sizes[rank] = size
+    dist.all_reduce(sizes, group=group)
+    found = sizes.tolist()
+    return sum(found), sum(found[:rank])
+
+
+class _Replicated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        # Partial sums of 16 bits would be rounded once more for each rank.
+        total = grad.to(torch.promote_types(grad.dtype, torch.float32), copy=True)
+        dist.all_reduce(total, group=ctx.group)
+        return total.to(grad.dtype), None
+
+
+def replicated(x: Tensor, group: Any) -> Tensor:
+    """`x`, the same on all ranks, whose gradient is the sum of what the ranks find."""
+    return _Replicated.apply(x, group)
+
+
+class _Combined(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, lse, group):
+        parts = [torch.empty_like(lse) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, lse.contiguous(), group=group)
+        whole = torch.logsumexp(torch.stack(parts), 0)
+        ctx.save_for_backward(lse, whole)
+        return whole
+
+    @staticmethod
+    def backward(ctx, grad):
+        lse, whole = ctx.saved_tensors
+        return grad * torch.exp(lse - whole), None
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        total = x.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+def combined(
+    stats: tuple[Tensor, Tensor, Tensor | None], share: float, group: Any
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """lse, picked and mean over the whole vocabulary, from those over a part that is `share` of it."""
+    lse, picked, mean = stats
+    whole_mean = None if mean is None else _Sum.apply(mean * share, group)
+    return _Combined.apply(lse, group), _Sum.apply(picked, group), whole_mean

@@ -1,0 +1,126 @@
+"""Cross-entropy of logits, fused: softmax, loss and gradient without a copy of the logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastllm.ops import _cross_entropy
+from fastllm.reference import cross_entropy as reference
+
+
+class _Stats(torch.autograd.Function):
+    """(lse, picked, mean) of rows of logits, for which see reference/cross_entropy.py."""
+
+    @staticmethod
+    def forward(ctx, logits, target, weight, softcap, mean, inplace):
+        lse, picked, average = _cross_entropy.stats_fwd(logits, target, weight, softcap, mean)
+        ctx.save_for_backward(logits, target, weight, lse)
+        ctx.softcap, ctx.inplace = softcap, inplace
+        ctx.set_materialize_grads(False)
+        return lse, picked, average if mean else None
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dlse, dpicked, dmean):
+        logits, target, weight, lse = ctx.saved_tensors
+        grads = [torch.zeros_like(lse) if grad is None else grad.contiguous() for grad in (dlse, dpicked)]
+        dmean = None if dmean is None else dmean.contiguous()
+        dlogits = dtarget = None
+        if ctx.needs_input_grad[1]:  # before the logits are overwritten
+            acc = lse.dtype
+            dtarget = grads[1][:, None] * reference.cap(logits.to(acc), ctx.softcap)
+            dtarget = (dtarget if weight is None else dtarget * weight.to(acc)).to(target.dtype)
+        if ctx.needs_input_grad[0] and ctx.inplace and weight is None and not target.is_floating_point():
+            _cross_entropy.stats_bwd_in_place(*grads, dmean, logits, target, lse, ctx.softcap)
+            if not torch.compiler.is_compiling():  # autograd then tells whoever saved the logits for another backward
+                torch.autograd.graph.increment_version(logits)
+            dlogits = logits.detach()
+        elif ctx.needs_input_grad[0]:
+            dlogits = _cross_entropy.stats_bwd(*grads, dmean, logits, target, weight, lse, ctx.softcap)
+        return dlogits, dtarget, None, None, None, None
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    z_loss: float = 0.0,
+    softcap: float = 0.0,
+    num_valid: float | Tensor | None = None,
+    inplace: bool = False,
+) -> Tensor:
+    """Cross-entropy between logits and targets, as `torch.nn.functional.cross_entropy`.
+
+        t = x, or c tanh(x / c) with a softcap c        lse = log(sum_j exp(t_j))
+        loss = w_y ((1 - e) (lse - t_y)) + e / V sum_j w_j (lse - t_j) + z lse^2,   e label smoothing, z z_loss
+
+    One read of the logits in the forward, one read and one write in the backward; sums in float32 (float64 for
+    float64). Sources: z-loss: Chowdhery et al., "PaLM", 2022; softcap: Gemma 2, 2024; label smoothing: Szegedy et al.,
+    2016.
+
+    Args:
+        input: (N, V), (V,) or (N, V, d1, ...) logits; float32, bfloat16, float16; float64 runs on the reference.
+            Classes that are not dense in memory are copied.
+        target: class indices, (N,), () or (N, d1, ...), int64 or int32; or probabilities of input's shape, which run on
+            the reference.
+        weight: (V,), of the classes; with label smoothing it runs on the reference. Not differentiable.
+        ignore_index: a target that takes no part.
+        reduction: "mean" (over targets that take part, by their weights; NaN if there are none), "sum" or "none".
+        label_smoothing: e above, in [0, 1].
+        z_loss: z above: keeps lse near zero.
+        softcap: c above; 0 is none.
+        num_valid: divide the sum by this instead of by the number of targets that take part: that of a whole
+            accumulation window, a number or a 0-d tensor. Only for "mean".
+        inplace: let the gradient overwrite the logits in the backward, which saves their memory once more. Whoever
+            else saved them for a backward gets autograd's error about it; read them before.
+
+    Returns:
+        The loss in input's dtype (float32 under autocast), 0-d, or for "none" of target's shape. Differentiable once.
+
+    Raises:
+        IndexError: for a target that is no class, on the CPU; on a GPU a device-side assertion fails, as torch's.
+        TypeError: for dtypes that do not fit; ValueError: for shapes, devices and numbers that do not.
+    """
+    name = "cross_entropy"
+    for label, tensor in (("input", input), ("target", target)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: {label} must be a tensor, got {type(tensor).__name__}")
+    if not input.dtype.is_floating_point:
+        raise TypeError(f"{name}: input must have a floating dtype, got {input.dtype}")
+    if input.dim() == 0:
+        raise ValueError(f"{name}: input must have shape (V,), (N, V) or (N, V, ...), got ()")
+    class_dim = 0 if input.dim() == 1 else 1
+    classes = input.shape[class_dim]
+    probabilities = target.is_floating_point()
+    shape = (*input.shape[:class_dim], *input.shape[class_dim + 1 :])
+    expected = tuple(input.shape) if probabilities else shape
+    if tuple(target.shape) != expected:
+        raise ValueError(
+            f"{name}: target must have shape {expected} for input {tuple(input.shape)}, got {tuple(target.shape)}"
+        )
+    if not probabilities and target.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name}: target must be int64, int32 or floating probabilities, got {target.dtype}")
+    if target.device != input.device:
+        raise ValueError(f"{name}: input is on {input.device}, target on {target.device}")
+    _cross_entropy.check_numbers(name, reduction, label_smoothing, z_loss, softcap)
+    _cross_entropy.check_weight(name, weight, classes, input)
+    if num_valid is not None and reduction != "mean":
+        raise ValueError(f"{name}: num_valid is for reduction='mean', got {reduction!r}")
+    if inplace and input.is_leaf and input.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name}: inplace=True would overwrite a leaf, which somebody owns; give it computed logits")
+
+    logits = input.movedim(class_dim, -1).reshape(-1, classes)
+    if probabilities:
+        target = target.movedim(class_dim, -1).reshape(-1, classes)
+    else:
+        target = target.reshape(-1).long()
+        _cross_entropy.check_target(name, target, classes, ignore_index)
+    inner = weight if probabilities or label_smoothing else None
+    stats = _Stats.apply(logits, target, inner, float(softcap), label_smoothing > 0, inplace)
+    rows, count = _cross_entropy.row_losses(stats, target, weight, classes, ignore_index, label_smoothing, z_loss)
+    return _cross_entropy.reduced(rows.reshape(shape), count, reduction, num_valid).to(_cross_entropy.loss_dtype(input))

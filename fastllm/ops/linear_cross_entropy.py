@@ -1,0 +1,357 @@
+"""The classifier and its cross-entropy, a chunk of rows at a time: the logits are never held whole.
+
+Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", 2024, and Liger-Kernel (Hsu et al., 2024) do the
+same for the same reason; this one leaves the products to torch and does the rest in the kernels of `cross_entropy`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastllm.backends import Backend, Op
+from fastllm.ops import _attention, _triton, _vocab_parallel
+from fastllm.ops import _cross_entropy as _ce
+from fastllm.reference import linear_cross_entropy as reference
+
+
+def _reason(input: Tensor, weight: Tensor) -> str | None:
+    if input.dtype not in _ce.KERNEL_DTYPES:
+        return f"computes float32, bfloat16 and float16, not {input.dtype}"
+    return None
+
+
+def _on_cpu(supports: Callable[..., str | None]) -> Callable[..., str | None]:
+    def reason(*args) -> str | None:
+        device = next(arg for arg in args if isinstance(arg, Tensor)).device.type
+        if device != "cpu":
+            return f"runs on cpu, the input is on {device}"
+        return None if "CPU" in _ce.stats_fwd.built else "the kernels of cross_entropy were not built"
+
+    return lambda *args: reason(*args) or supports(*args)
+
+
+def _backends(supports: Callable[..., str | None], run: Callable) -> tuple[Backend, ...]:
+    return (
+        Backend("triton", _triton.supports(supports), run),
+        Backend("cpu", _on_cpu(supports), run),
+    )
+
+
+def _rows(count: int, chunk_size: int) -> Iterator[slice]:
+    return (slice(start, min(start + chunk_size, count)) for start in range(0, count, chunk_size))
+
+
+def _fwd(input, weight, bias, target, softcap, mean, chunk_size):
+    outputs = _fwd_fake(input, weight, bias, target, softcap, mean, chunk_size)
+    for rows in _rows(input.shape[0], chunk_size):
+        logits = F.linear(input[rows], weight, bias)
+        parts = _ce.stats_fwd(logits, target[rows], None, softcap, mean)
+        for output, part in zip(outputs, parts, strict=True):
+            if output.numel():
+                output[rows] = part
+        del logits
+    return outputs
+
+
+class _Gradients:
+    """Those of input, weight and bias, from one chunk's gradient of the logits after the other."""
+
+    def __init__(self, input: Tensor, weight: Tensor, bias: Tensor | None, wanted: list[bool]):
+        self.input, self.weight, self.bias = input, weight, bias
+        self.dinput = input.new_empty(input.shape if wanted[0] else (0,))
+        # Sums over chunks are in float32: rounded to 16 bits after each, they would lose what is small beside them.
+        size = weight.shape if wanted[1] else (0,)
+        self.dweight = weight.new_empty(size, dtype=torch.promote_types(weight.dtype, torch.float32))
+        size = bias.shape if wanted[2] and bias is not None else (0,)
+        self.dbias = weight.new_zeros(size, dtype=torch.float32)
+        self.first = True
+
+    def add(self, dlogits: Tensor, rows: slice) -> None:
+        if self.dinput.numel():
+            torch.mm(dlogits, self.weight, out=self.dinput[rows])
+        if self.dweight.numel():
+            self._add_weight(dlogits.t(), self.input[rows])
+        if self.dbias.numel():
+            self.dbias += dlogits.sum(0, dtype=torch.float32)
+        self.first = False
+
+    def _add_weight(self, a: Tensor, b: Tensor) -> None:
+        if a.dtype == self.dweight.dtype:
+            torch.addmm(self.dweight, a, b, beta=0 if self.first else 1, out=self.dweight)
+            return
+        product = torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.mm(a, b)
+        self.dweight.copy_(product) if self.first else self.dweight.add_(product)
+
+    def result(self) -> tuple[Tensor, Tensor, Tensor]:
+        if self.first:
+            self.dweight.zero_()
+        dbias = self.dbias if self.bias is None else self.dbias.to(self.bias.dtype)
+        return self.dinput, self.dweight.to(self.weight.dtype), dbias
+
+
+def _bwd(dlse, dpicked, dmean, input, weight, bias, target, lse, softcap, chunk_size, wanted):
+    grads = _Gradients(input, weight, bias, wanted)
+    for rows in _rows(input.shape[0], chunk_size):
+        logits = F.linear(input[rows], weight, bias)
+        upstream = dlse[rows], dpicked[rows], None if dmean is None else dmean[rows]
+        _ce.stats_bwd_in_place(*upstream, logits, target[rows], lse[rows], softcap)
+        grads.add(logits, rows)
+        del logits  # before the next ones are there
+    return grads.result()
+
+
+def _fwd_bwd(input, weight, bias, target, scale, label_smoothing, z_loss, softcap, chunk_size, wanted):
+    mean = label_smoothing > 0
+    outputs = _fwd_fake(input, weight, bias, target, softcap, mean, chunk_size)
+    grads = _Gradients(input, weight, bias, wanted)
+    for rows in _rows(input.shape[0], chunk_size):
+        logits = F.linear(input[rows], weight, bias)
+        parts = lse, _, _ = _ce.stats_fwd(logits, target[rows], None, softcap, mean)
+        for output, part in zip(outputs, parts, strict=True):
+            if output.numel():
+                output[rows] = part
+        upstream = reference.loss_gradients(scale[rows], lse, label_smoothing, z_loss)
+        _ce.stats_bwd_in_place(*upstream, logits, target[rows], lse, softcap)
+        grads.add(logits, rows)
+        del logits
+    return *outputs, *grads.result()
+
+
+def _fwd_fake(input, weight, bias, target, softcap, mean, chunk_size):
+    acc, rows = torch.promote_types(input.dtype, torch.float32), input.shape[0]
+    return *(input.new_empty(rows, dtype=acc) for _ in range(2)), input.new_empty(rows if mean else 0, dtype=acc)
+
+
+def _grads_fake(input, weight, bias, wanted):
+    return (
+        input.new_empty(input.shape if wanted[0] else (0,)),
+        weight.new_empty(weight.shape if wanted[1] else (0,)),
+        bias.new_empty(bias.shape) if wanted[2] and bias is not None else weight.new_empty(0),
+    )
+
+
+_fwd_op = Op(
+    "linear_cross_entropy_fwd(Tensor input, Tensor weight, Tensor? bias, Tensor target, float softcap, bool mean, "
+    "SymInt chunk_size) -> (Tensor, Tensor, Tensor)",
+    reference=reference.linear_cross_entropy_fwd,
+    fake=_fwd_fake,
+    backends=_backends(lambda input, weight, *rest: _reason(input, weight), _fwd),
+)
+_bwd_op = Op(
+    "linear_cross_entropy_bwd(Tensor dlse, Tensor dpicked, Tensor? dmean, Tensor input, Tensor weight, Tensor? bias, "
+    "Tensor target, Tensor lse, float softcap, SymInt chunk_size, bool[] wanted) -> (Tensor, Tensor, Tensor)",
+    reference=reference.linear_cross_entropy_bwd,
+    fake=lambda dlse, dpicked, dmean, input, weight, bias, target, lse, softcap, chunk_size, wanted: _grads_fake(
+        input, weight, bias, wanted
+    ),
+    backends=_backends(lambda dlse, dpicked, dmean, input, weight, *rest: _reason(input, weight), _bwd),
+)
+_fwd_bwd_op = Op(
+    "linear_cross_entropy_fwd_bwd(Tensor input, Tensor weight, Tensor? bias, Tensor target, Tensor scale, "
+    "float label_smoothing, float z_loss, float softcap, SymInt chunk_size, bool[] wanted) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference=reference.linear_cross_entropy_fwd_bwd,
+    fake=lambda input, weight, bias, target, scale, label_smoothing, z_loss, softcap, chunk_size, wanted: (
+        *_fwd_fake(input, weight, bias, target, softcap, label_smoothing > 0, chunk_size),
+        *_grads_fake(input, weight, bias, wanted),
+    ),
+    backends=_backends(lambda input, weight, *rest: _reason(input, weight), _fwd_bwd),
+)
+
+
+class _LinearStats(torch.autograd.Function):
+    """(lse, picked, mean) as `cross_entropy` has them; the backward computes the logits once more."""
+
+    @staticmethod
+    def forward(ctx, input, weight, bias, target, softcap, mean, chunk_size):
+        lse, picked, average = _fwd_op(input, weight, bias, target, softcap, mean, chunk_size)
+        ctx.save_for_backward(input, weight, bias, target, lse)
+        ctx.rest = softcap, chunk_size
+        ctx.set_materialize_grads(False)
+        return lse, picked, average if mean else None
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dlse, dpicked, dmean):
+        *saved, lse = ctx.saved_tensors
+        grads = [torch.zeros_like(lse) if grad is None else grad.contiguous() for grad in (dlse, dpicked)]
+        dmean = None if dmean is None else dmean.contiguous()
+        wanted = list(ctx.needs_input_grad[:3])
+        found = _bwd_op(*grads, dmean, *saved, lse, *ctx.rest, wanted)
+        return *(grad if want else None for grad, want in zip(found, wanted, strict=True)), *(None,) * 4
+
+
+class _Loss(torch.autograd.Function):
+    """sum_i scale_i loss_i. The gradients are computed with it, from the same logits, and wait for the backward."""
+
+    @staticmethod
+    def forward(ctx, input, weight, bias, target, scale, label_smoothing, z_loss, softcap, chunk_size):
+        wanted = list(ctx.needs_input_grad[:3])
+        lse, picked, mean, *grads = _fwd_bwd_op(
+            input, weight, bias, target, scale, label_smoothing, z_loss, softcap, chunk_size, wanted
+        )
+        ctx.save_for_backward(input, weight, bias, target, scale, lse)
+        ctx.rest = label_smoothing, z_loss, softcap, chunk_size
+        ctx.grads = grads
+        rows = lse - picked
+        if label_smoothing:
+            rows = (1 - label_smoothing) * rows + label_smoothing * (lse - mean)
+        if z_loss:
+            rows = rows + z_loss * lse.square()
+        return torch.where(scale == 0, 0.0, scale * rows).sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dloss):
+        wanted = list(ctx.needs_input_grad[:3])
+        *saved, scale, lse = ctx.saved_tensors
+        grads, ctx.grads = ctx.grads, None
+        if grads is None:  # a second time: autograd has the first ones, and may have added to them
+            label_smoothing, z_loss, softcap, chunk_size = ctx.rest
+            upstream = reference.loss_gradients(scale, lse, label_smoothing, z_loss)
+            grads = _bwd_op(*upstream, *saved, lse, softcap, chunk_size, wanted)
+        if dloss.device.type != "cpu" or torch.compiler.is_compiling() or dloss.item() != 1:
+            grads = [grad * dloss.to(grad.dtype) for grad in grads]
+        return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *(None,) * 6
+
+
+def default_chunk_size(hidden: int, itemsize: int) -> int:
+    """Rows a chunk: as many as make a chunk's logits half the size of the classifier's weight. Fewer would cost a read
+    and a write of the weight's gradient more often."""
+    return max(1024 // itemsize, -(-hidden // 128) * 64)
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float = 0.0,
+    num_valid: float | Tensor | None = None,
+    chunk_size: int | None = None,
+    return_logprobs: bool = False,
+    process_group: object | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`cross_entropy(input @ linear_weight.T + linear_bias, target, ...)` without the logits in memory.
+
+    Argument names are those of `torch.nn.functional.linear_cross_entropy`. With "mean" and "sum" the gradients are
+    computed in the forward, a chunk of rows at a time, and need three matrix products; with "none", return_logprobs and
+    process_group the backward computes the logits once more, a fourth. The gradient of the weight is summed over chunks
+    in float32.
+
+    Args:
+        input: (..., H) hidden states; float32, bfloat16, float16; float64 runs on the reference.
+        linear_weight: (V, H), in input's dtype. May be an embedding's.
+        target: (...) class indices, int64 or int32. (Probabilities: `cross_entropy` of whole logits.)
+        linear_bias: (V,).
+        weight, reduction, ignore_index, label_smoothing, z_loss, softcap, num_valid: as `cross_entropy`. Class weights
+            do not go with label smoothing and z-loss.
+        chunk_size: rows whose logits are held at a time; default: as many as make them half the size of linear_weight,
+            at least 256 (512 for 16 bits).
+        return_logprobs: also return the log-probability of each target, differentiable.
+        process_group: of torch.distributed: linear_weight and linear_bias are this rank's rows of a vocabulary that is
+            cut over its ranks in their order, input and target the same on all. The loss, and the gradient of input,
+            are then the same on all ranks too.
+
+    Returns:
+        The loss in input's dtype (float32 under autocast), 0-d, or for "none" of target's shape. With return_logprobs
+        also (...) float32 log-probabilities, 0 where the target is ignored. Differentiable once.
+
+    Raises:
+        IndexError, TypeError, ValueError: as `cross_entropy`.
+    """
+    name = "linear_cross_entropy"
+    for label, tensor in (("input", input), ("linear_weight", linear_weight), ("target", target)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: {label} must be a tensor, got {type(tensor).__name__}")
+    dtype = _ce.loss_dtype(input)
+    if _attention.autocasts(input.device.type) and input.dtype != torch.float64:  # as torch's linear
+        short = torch.get_autocast_dtype(input.device.type)
+        input, linear_weight = input.to(short), linear_weight.to(short)
+        linear_bias = None if linear_bias is None else linear_bias.to(short)
+    _check(name, input, linear_weight, target, linear_bias, chunk_size)
+    _ce.check_numbers(name, reduction, label_smoothing, z_loss, softcap)
+    classes, start = linear_weight.shape[0], 0
+    if process_group is not None:
+        classes, start = _vocab_parallel.extent(classes, linear_weight.device, process_group)
+    _ce.check_weight(name, weight, classes, input)
+    if weight is not None and (label_smoothing or z_loss):
+        raise ValueError(
+            f"{name}: class weights do not go with label_smoothing and z_loss, got {label_smoothing} and {z_loss}"
+        )
+    if num_valid is not None and reduction != "mean":
+        raise ValueError(f"{name}: num_valid is for reduction='mean', got {reduction!r}")
+
+    shape = target.shape
+    x, y = input.reshape(-1, input.shape[-1]), target.reshape(-1).long()
+    _ce.check_target(name, y, classes, ignore_index)
+    chunk = min(default_chunk_size(x.shape[1], x.itemsize) if chunk_size is None else chunk_size, max(1, x.shape[0]))
+    numbers = float(label_smoothing), float(z_loss), float(softcap)
+    differentiated = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (input, linear_weight, linear_bias)
+    )
+    if differentiated and reduction != "none" and not return_logprobs and process_group is None:
+        valid = y != ignore_index
+        scale = valid.to(torch.promote_types(x.dtype, torch.float32))
+        if weight is not None:
+            scale = scale * weight.to(scale.dtype)[torch.where(valid, y, 0)]
+        count = scale.sum() if num_valid is None else num_valid
+        if reduction == "mean":
+            scale = torch.where(valid, scale / count, 0.0)
+        loss = _Loss.apply(x, linear_weight, linear_bias, y, scale, *numbers, chunk)
+        if reduction == "mean":
+            loss = loss + 0.0 / count  # NaN without a target, as torch
+        return loss.to(dtype)
+    if process_group is None:
+        stats = _LinearStats.apply(x, linear_weight, linear_bias, y, softcap, label_smoothing > 0, chunk)
+    else:
+        x = _vocab_parallel.replicated(x, process_group)
+        stats = _LinearStats.apply(x, linear_weight, linear_bias, y - start, softcap, label_smoothing > 0, chunk)
+        stats = _vocab_parallel.combined(stats, linear_weight.shape[0] / classes, process_group)
+    rows, count = _ce.row_losses(stats, y, weight, classes, ignore_index, label_smoothing, z_loss)
+    loss = _ce.reduced(rows.reshape(shape), count, reduction, num_valid).to(dtype)
+    if not return_logprobs:
+        return loss
+    return loss, torch.where(y != ignore_index, stats[1] - stats[0], 0.0).reshape(shape)
+
+
+def _check(
+    name: str, input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, chunk_size: int | None
+) -> None:
+    for label, tensor in (("input", input), ("linear_weight", weight), ("linear_bias", bias)):
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor) or not tensor.dtype.is_floating_point:
+            raise TypeError(f"{name}: {label} must be a floating tensor, got {getattr(tensor, 'dtype', tensor)!r}")
+        if tensor.dtype != input.dtype:
+            raise TypeError(f"{name}: {label} must have input's dtype {input.dtype}, got {tensor.dtype}")
+        if tensor.device != input.device:
+            raise ValueError(f"{name}: input is on {input.device}, {label} on {tensor.device}")
+    if target.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name}: target must be int64 or int32, got {target.dtype}")
+    if target.device != input.device:
+        raise ValueError(f"{name}: input is on {input.device}, target on {target.device}")
+    if input.dim() == 0 or weight.dim() != 2 or weight.shape[1] != input.shape[-1]:
+        raise ValueError(
+            f"{name}: input must have shape (..., H) and linear_weight (V, H), got {tuple(input.shape)} and "
+            f"{tuple(weight.shape)}"
+        )
+    if target.shape != input.shape[:-1]:
+        raise ValueError(
+            f"{name}: target must have shape {tuple(input.shape[:-1])} for input {tuple(input.shape)}, got "
+            f"{tuple(target.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{name}: linear_bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"{name}: chunk_size must be at least 1, got {chunk_size}")

@@ -1,0 +1,89 @@
+"""The Triton kernels of the losses and of pointwise ops in Triton's interpreter, on the CPU, against the references.
+
+As in test_attention_interpreter.py, the rest of the suite starts this file in a process of its own. Not in bfloat16:
+the interpreter cuts what should be rounded to it.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+INSIDE = os.environ.get("TRITON_INTERPRET") == "1"
+pytest.importorskip("triton")
+
+if not INSIDE:
+
+    def test_kernels_in_the_interpreter():
+        result = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", __file__],
+            env={**os.environ, "TRITON_INTERPRET": "1", "FASTLLM_BACKEND": "triton", "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, result.stdout
+        assert "skipped" not in result.stdout
+
+else:
+    import test_cross_entropy
+    import test_linear_cross_entropy as linear
+
+    from fastllm import ops
+    from fastllm.testing import poisoned_allocations
+
+    DTYPES = [torch.float32, torch.float16]
+
+    @pytest.mark.parametrize("options", test_cross_entropy.OPTIONS, ids=str)
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_cross_entropy_options(options, dtype):
+        for reduction in ("mean", "sum", "none"):
+            test_cross_entropy.check((7, 133), dtype, reduction=reduction, **options)
+
+    @pytest.mark.parametrize("classes", [1, 2, 127, 1025, 32000, 50257])
+    def test_cross_entropy_class_counts(classes):
+        for dtype in (torch.float32, torch.float16):
+            test_cross_entropy.check((3, classes), dtype, label_smoothing=0.1)
+
+    @pytest.mark.parametrize("scale", [1e4, 1e-4])
+    def test_cross_entropy_huge_and_tiny_logits(scale):
+        test_cross_entropy.check((4, 133), scale=scale, softcap=30.0)
+        test_cross_entropy.check((4, 133), torch.float16, scale=scale)
+
+    @pytest.mark.parametrize("layout", ["transposed", "sliced", "strided", "misaligned"])
+    def test_cross_entropy_layouts(layout):
+        test_cross_entropy.check((5, 133), layout=layout)
+
+    def test_cross_entropy_elsewhere():
+        x = torch.randn(4, 133, requires_grad=True)
+        y = torch.tensor([3, -100, 132, 0])
+        with poisoned_allocations():
+            wanted = torch.autograd.grad(ops.cross_entropy(x, y, label_smoothing=0.1, softcap=3.0), x)[0]
+            logits = x * 1
+            loss = ops.cross_entropy(logits, y, label_smoothing=0.1, softcap=3.0, inplace=True)
+            (grad,) = torch.autograd.grad(loss, logits)
+        assert torch.equal(grad, wanted)
+        assert grad.data_ptr() == logits.data_ptr()
+        assert not grad[1].any()
+
+    def test_cross_entropy_far_rows():
+        """Strides take the last row past 2^31 elements; pages that are never touched cost no memory."""
+        far = 2**31 + 1024
+        storage = torch.empty(far + 64, dtype=torch.float16)
+        dense = torch.randn(2, 64).half()
+        apart = storage.as_strided((2, 64), (far, 1)).copy_(dense)
+        y = torch.tensor([5, 60])
+        grads = []
+        for x in (dense, apart):
+            x.requires_grad_()
+            loss = ops.cross_entropy(x, y, reduction="none")
+            grads.append((loss, *torch.autograd.grad(loss.sum(), x)))
+        assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+    @pytest.mark.parametrize("reduction", ["mean", "none"])
+    def test_linear_cross_entropy(reduction):
+        for dtype in (torch.float32, torch.float16):
+            linear.check(*linear.draw(dtype=dtype), reduction=reduction, chunk_size=7, label_smoothing=0.1)

@@ -7,9 +7,11 @@ from fastllm.ops.attention import attention
 from fastllm.ops.attention_kvcache import attention_kvcache
 from fastllm.ops.attention_varlen import attention_varlen
 from fastllm.ops.cross_entropy import cross_entropy
+from fastllm.ops.geglu import geglu
 from fastllm.ops.layer_norm import layer_norm
 from fastllm.ops.linear_cross_entropy import linear_cross_entropy
 from fastllm.ops.rms_norm import rms_norm
+from fastllm.ops.swiglu import swiglu
 
 __all__ = [
     "adamw",
@@ -19,7 +21,9 @@ __all__ = [
     "attention_kvcache",
     "attention_varlen",
     "cross_entropy",
+    "geglu",
     "layer_norm",
     "linear_cross_entropy",
     "rms_norm",
+    "swiglu",
 ]

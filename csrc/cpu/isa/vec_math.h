@@ -5,12 +5,8 @@
 
 namespace fastllm::FASTLLM_ISA {
 
-inline Vec select(VecI32 condition, Vec yes, Vec no) {
-  return (Vec)((condition & (VecI32)yes) | (~condition & (VecI32)no));
-}
-
 inline Vec max(Vec a, Vec b) {
-  return select(a > b, a, b);
+  return a > b ? a : b;
 }
 
 inline Vec abs(Vec x) {
@@ -22,7 +18,8 @@ inline Vec abs(Vec x) {
 inline Vec exp(Vec x) {
   constexpr float kLowest = -87.3f, kHighest = 88.0f;
   constexpr float kRound = 12582912.0f;  // 1.5 2^23: added, it leaves an integer in the lowest bits
-  const Vec clamped = select(x < kLowest, splat(kLowest), select(x > kHighest, splat(kHighest), x));
+  const Vec below = x > kHighest ? splat(kHighest) : x;
+  const Vec clamped = x < kLowest ? splat(kLowest) : below;
   const Vec shifted = clamped * 1.44269504f + kRound;
   const Vec n = shifted - kRound;
   const Vec r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
@@ -34,11 +31,12 @@ inline Vec exp(Vec x) {
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
   const Vec scaled = (Vec)((VecU32)p + ((VecU32)shifted << 23));
-  return select(x != x, x, select(x < kLowest, Vec{}, scaled));
+  const Vec cut = x < kLowest ? Vec{} : scaled;
+  return x != x ? x : cut;
 }
 
 inline Vec sigmoid(Vec x) {
-  return 1.0f / (1.0f + exp(-x));
+  return x < -88.0f ? Vec{} : 1.0f / (1.0f + exp(-x));
 }
 
 // Near zero a polynomial (Cephes' tanhf), where the other formula would cancel.
@@ -52,7 +50,7 @@ inline Vec tanh(Vec x) {
   p = p * z - 5.37397155531e-2f;
   p = p * z + 1.33314422036e-1f;
   p = p * z - 3.33332819422e-1f;
-  return select(abs(x) < 0.625f, p * z * x + x, far);
+  return abs(x) < 0.625f ? p * z * x + x : far;
 }
 
 // Within 1.5e-7: Abramowitz and Stegun, "Handbook of Mathematical Functions", 7.1.26. `gauss` is e^-x^2.

@@ -1,0 +1,17 @@
+"""geglu against its two steps, compiled and not; Liger-Kernel's on a GPU."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastllm.benchmarks import _glu
+from fastllm.benchmarks.harness import Case
+
+
+def eager(gate: Tensor, up: Tensor) -> Tensor:
+    return F.gelu(gate, approximate="tanh") * up
+
+
+def cases(device: str, quick: bool) -> list[Case]:
+    return _glu.cases("geglu", eager, "LigerGELUMulFunction", device, quick)

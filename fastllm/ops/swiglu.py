@@ -1,0 +1,77 @@
+"""SwiGLU (Shazeer, 2020, https://arxiv.org/abs/2002.05202)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastllm.backends import Op
+from fastllm.ops import _glu
+from fastllm.reference import swiglu as reference
+
+
+def _launch_fwd(*args):
+    from fastllm.kernels import swiglu as kernels
+
+    kernels.swiglu_fwd(*args)
+
+
+def _launch_bwd(*args):
+    from fastllm.kernels import swiglu as kernels
+
+    kernels.swiglu_bwd(*args)
+
+
+_fwd_backends, _bwd_backends = _glu.backends(_launch_fwd, _launch_bwd)
+_fwd = Op(
+    "swiglu_fwd(Tensor gate, Tensor up) -> Tensor",
+    reference=reference.swiglu_fwd,
+    fake=_glu.fwd_fake,
+    backends=_fwd_backends,
+)
+_bwd = Op(
+    "swiglu_bwd(Tensor dy, Tensor gate, Tensor up) -> Tensor",
+    reference=reference.swiglu_bwd,
+    fake=_glu.bwd_fake,
+    backends=_bwd_backends,
+)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """Of gate and up, or of both side by side in one tensor, whose gradient then comes in one, too."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return _fwd(*_glu.halves(gate, up))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        gate, up = ctx.saved_tensors
+        d = _bwd(dy, *_glu.halves(gate, up))
+        return (d, None) if up is None else tuple(d.chunk(2, -1))
+
+
+def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
+    """silu(gate) * up, the activation of Llama's feed-forward, in one pass.
+
+        y = g / (1 + e^-g) u
+
+    Source: Shazeer, "GLU Variants Improve Transformer", 2020.
+
+    The backward computes the activation once more instead of keeping it.
+
+    Args:
+        gate: (..., N), any strides; or, without `up`, (..., 2 N): gate, then up, as one projection gives them.
+            float32, bfloat16, float16; float64 runs on the reference.
+        up: (..., N). Another dtype is promoted as `*` does.
+
+    Returns:
+        (..., N), contiguous, in gate's dtype. Differentiable once.
+
+    Raises:
+        TypeError: for a dtype that is not floating; ValueError: for shapes and devices that do not fit.
+    """
+    gate, up = _glu.checked("swiglu", gate, up)
+    return _SwiGLU.apply(gate, up)

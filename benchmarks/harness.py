@@ -157,7 +157,7 @@ class Race:
         self.skipped: dict[str, str] = {}
         self.contenders: list[Contender] = []
         args = case.args()
-        self.backend = fastllm.explain(getattr(ops, case.op), *args, **case.kwargs).backend
+        self.backend = fastllm.explain(case.call or getattr(ops, case.op), *args, **case.kwargs).backend
         torch.compiler.reset()  # a function compiled for another case would be compiled again with dynamic shapes
         if case.setup is not None:
             self._add_ready(case.setup())

@@ -30,10 +30,13 @@ if not INSIDE:
 
 else:
     import test_cross_entropy
+    import test_geglu
     import test_linear_cross_entropy as linear
+    import test_rotary
+    import test_swiglu
 
     from fastllm import ops
-    from fastllm.testing import poisoned_allocations
+    from fastllm.testing import LAYOUTS, make, poisoned_allocations
 
     DTYPES = [torch.float32, torch.float16]
 
@@ -82,6 +85,39 @@ else:
             loss = ops.cross_entropy(x, y, reduction="none")
             grads.append((loss, *torch.autograd.grad(loss.sum(), x)))
         assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+    @pytest.mark.parametrize("suite", [test_swiglu.TestSwiGLU(), test_geglu.TestGEGLU()], ids=lambda suite: suite.name)
+    def test_gated_activations(suite):
+        for kwargs in suite.variants:
+            for dtype in DTYPES:
+                for n in (1, 127, 129, 2049):
+                    suite.check(make((3, n), dtype), make((3, n), dtype, seed=1), **kwargs)
+                    suite.check(make((2, 2, 2 * n), dtype), **kwargs)
+            for layout in LAYOUTS:
+                suite.check(*(make((2, 3, 33), seed=i, layout=layout) for i in range(2)), **kwargs)
+                suite.check(*(make((2, 3, 33), seed=i) for i in range(2)), grad_layout=layout, **kwargs)
+            suite.check(make((3, 133)) * 30, make((3, 133), seed=1), **kwargs)
+        suite.test_every_element_is_written()
+
+    @pytest.mark.parametrize("interleaved", [False, True])
+    def test_rotary_everywhere(interleaved):
+        for bshd in (False, True):
+            for dtype in DTYPES:
+                for size, half in ((2, 1), (32, 16), (72, 36), (80, 10), (33, 16)):
+                    test_rotary.check((2, 5, 3, size), 3, half, dtype, bshd, interleaved=interleaved)
+            for layout in ("transposed", "strided", "expanded"):
+                test_rotary.check(layout=layout, bshd=bshd, interleaved=interleaved)
+        test_rotary.test_positions(interleaved)
+        test_rotary.test_every_element_is_written()
+
+    def test_rotary_in_place():
+        cos, sin = test_rotary.tables(9, 13)
+        for dtype in DTYPES:
+            q, k = make((2, 4, 9, 32), dtype), make((2, 9, 2, 32), dtype, seed=1).transpose(1, 2)
+            wanted = ops.rotary(q, k, cos, sin)
+            found = ops.rotary(q, k, cos, sin, inplace=True)
+            assert found[0].data_ptr() == q.data_ptr()
+            assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
     @pytest.mark.parametrize("reduction", ["mean", "none"])
     def test_linear_cross_entropy(reduction):

@@ -11,6 +11,7 @@ from fastllm.ops.geglu import geglu
 from fastllm.ops.layer_norm import layer_norm
 from fastllm.ops.linear_cross_entropy import linear_cross_entropy
 from fastllm.ops.rms_norm import rms_norm
+from fastllm.ops.rotary import rotary
 from fastllm.ops.swiglu import swiglu
 
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     "layer_norm",
     "linear_cross_entropy",
     "rms_norm",
+    "rotary",
     "swiglu",
 ]

@@ -53,7 +53,8 @@ class GPTConfig:
         document_token: the token that ends a document, if rows hold several: attention then stays inside a document,
             and positions start anew in each, so that a packed row is worth what its documents are one by one. A
             KVCache, and so `generate`, takes what it holds for one document.
-        ops: "fastllm" runs fused norms and attention, "torch" stock PyTorch. The state_dict is the same.
+        ops: "fastllm" runs fused norms, attention, gates, rotary positions and loss, "torch" stock PyTorch. The
+            state_dict is the same.
 
     Raises:
         ValueError: for a value that does not fit, naming it.
@@ -251,8 +252,11 @@ class Attention(nn.Module):
         q_BTHD, k_BTHD, v_BTHD = heads_BTHD.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
         if self.q_norm is not None and self.k_norm is not None:
             q_BTHD, k_BTHD = self.q_norm(q_BTHD), self.k_norm(k_BTHD)
-        if rotary is not None:
-            q_BTHD, k_BTHD = rotate(q_BTHD, *rotary), rotate(k_BTHD, *rotary)
+        if rotary is not None and self.stock:
+            q_BTHD, k_BTHD = (rotate(x, *(table.unsqueeze(-2) for table in rotary)) for x in (q_BTHD, k_BTHD))
+        elif rotary is not None:
+            q_BHTD, k_BHTD = ops.rotary(q_BTHD.transpose(1, 2), k_BTHD.transpose(1, 2), *rotary)
+            q_BTHD, k_BTHD = q_BHTD.transpose(1, 2), k_BHTD.transpose(1, 2)
         return self.out_proj(self._attend(q_BTHD, k_BTHD, v_BTHD, cache, documents).flatten(2))
 
     def _attend(
@@ -302,12 +306,14 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.gated = config.mlp == "swiglu"
+        self.gated, self.stock = config.mlp == "swiglu", config.ops == "torch"
         self.up_proj = nn.Linear(config.width, config.mlp_width * (2 if self.gated else 1), bias=config.bias)
         self.down_proj = nn.Linear(config.mlp_width, config.width, bias=config.bias)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         hidden = self.up_proj(x_BTC)
+        if self.gated and not self.stock:
+            return self.down_proj(ops.swiglu(hidden))
         if self.gated:
             gate, up = hidden.chunk(2, dim=-1)
             return self.down_proj(F.silu(gate) * up)
@@ -427,7 +433,7 @@ class GPT(nn.Module):
         if self.positions is not None:
             residual_BTC = residual_BTC + self.positions.weight[at]
         else:
-            rotary = self.cos_SD[at].unsqueeze(-2), self.sin_SD[at].unsqueeze(-2)
+            rotary = self.cos_SD[at], self.sin_SD[at]
         residual_BTC = self.dropout(residual_BTC)
         delta_BTC = None
         for block in self.blocks:
@@ -436,7 +442,13 @@ class GPT(nn.Module):
         x_BTC, _ = add_norm(self.norm, delta_BTC, residual_BTC)
         if cache is not None:
             cache.filled = end
-        logits_BTV = F.linear(x_BTC, self.embedding.weight) if self.head is None else self.head(x_BTC)
+        weight_VC = self.embedding.weight if self.head is None else self.head.weight
+        if targets_BT is not None and self.config.ops == "fastllm":  # the logits are not held whole
+            loss = ops.linear_cross_entropy(
+                x_BTC, weight_VC, targets_BT, ignore_index=IGNORE, reduction=reduction, dtype=torch.float32
+            )
+            return cast("Tensor", loss)
+        logits_BTV = F.linear(x_BTC, weight_VC)
         if targets_BT is None:
             return logits_BTV
         return F.cross_entropy(

@@ -52,6 +52,7 @@ def cross_entropy(
     z_loss: float = 0.0,
     softcap: float = 0.0,
     num_valid: float | Tensor | None = None,
+    dtype: torch.dtype | None = None,
     inplace: bool = False,
 ) -> Tensor:
     """Cross-entropy between logits and targets, as `torch.nn.functional.cross_entropy`.
@@ -76,11 +77,12 @@ def cross_entropy(
         softcap: c above; 0 is none.
         num_valid: divide the sum by this instead of by the number of targets that take part: that of a whole
             accumulation window, a number or a 0-d tensor. Only for "mean".
+        dtype: of the result. Default: input's, as torch, and float32 under autocast. (Sums are in float32 before.)
         inplace: let the gradient overwrite the logits in the backward, which saves their memory once more. Whoever
             else saved them for a backward gets autograd's error about it; read them before.
 
     Returns:
-        The loss in input's dtype (float32 under autocast), 0-d, or for "none" of target's shape. Differentiable once.
+        The loss, 0-d, or for "none" of target's shape. Differentiable once.
 
     Raises:
         IndexError: for a target that is no class, on the CPU; on a GPU a device-side assertion fails, as torch's.
@@ -123,4 +125,6 @@ def cross_entropy(
     inner = weight if probabilities or label_smoothing else None
     stats = _Stats.apply(logits, target, inner, float(softcap), label_smoothing > 0, inplace)
     rows, count = _cross_entropy.row_losses(stats, target, weight, classes, ignore_index, label_smoothing, z_loss)
-    return _cross_entropy.reduced(rows.reshape(shape), count, reduction, num_valid).to(_cross_entropy.loss_dtype(input))
+    return _cross_entropy.reduced(rows.reshape(shape), count, reduction, num_valid).to(
+        _cross_entropy.loss_dtype(input) if dtype is None else dtype
+    )

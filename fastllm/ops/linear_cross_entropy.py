@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fastllm.backends import Backend, Op
 from fastllm.ops import _attention, _triton, _vocab_parallel
@@ -41,19 +40,27 @@ def _backends(supports: Callable[..., str | None], run: Callable) -> tuple[Backe
     )
 
 
-def _rows(count: int, chunk_size: int) -> Iterator[slice]:
-    return (slice(start, min(start + chunk_size, count)) for start in range(0, count, chunk_size))
+def _chunks(input: Tensor, weight: Tensor, bias: Tensor | None, size: int) -> Iterator[tuple[slice, Tensor]]:
+    """Each chunk of rows with its logits, all in one buffer, which may be overwritten."""
+    count = input.shape[0]
+    buffer = input.new_empty(min(size, count), weight.shape[0])
+    for start in range(0, count, size):
+        rows = slice(start, min(start + size, count))
+        logits = buffer[: rows.stop - start]
+        if bias is None:
+            torch.mm(input[rows], weight.t(), out=logits)
+        else:
+            torch.addmm(bias, input[rows], weight.t(), out=logits)
+        yield rows, logits
 
 
 def _fwd(input, weight, bias, target, softcap, mean, chunk_size):
     outputs = _fwd_fake(input, weight, bias, target, softcap, mean, chunk_size)
-    for rows in _rows(input.shape[0], chunk_size):
-        logits = F.linear(input[rows], weight, bias)
+    for rows, logits in _chunks(input, weight, bias, chunk_size):
         parts = _ce.stats_fwd(logits, target[rows], None, softcap, mean)
         for output, part in zip(outputs, parts, strict=True):
             if output.numel():
                 output[rows] = part
-        del logits
     return outputs
 
 
@@ -95,12 +102,10 @@ class _Gradients:
 
 def _bwd(dlse, dpicked, dmean, input, weight, bias, target, lse, softcap, chunk_size, wanted):
     grads = _Gradients(input, weight, bias, wanted)
-    for rows in _rows(input.shape[0], chunk_size):
-        logits = F.linear(input[rows], weight, bias)
+    for rows, logits in _chunks(input, weight, bias, chunk_size):
         upstream = dlse[rows], dpicked[rows], None if dmean is None else dmean[rows]
         _ce.stats_bwd_in_place(*upstream, logits, target[rows], lse[rows], softcap)
         grads.add(logits, rows)
-        del logits  # before the next ones are there
     return grads.result()
 
 
@@ -108,8 +113,7 @@ def _fwd_bwd(input, weight, bias, target, scale, label_smoothing, z_loss, softca
     mean = label_smoothing > 0
     outputs = _fwd_fake(input, weight, bias, target, softcap, mean, chunk_size)
     grads = _Gradients(input, weight, bias, wanted)
-    for rows in _rows(input.shape[0], chunk_size):
-        logits = F.linear(input[rows], weight, bias)
+    for rows, logits in _chunks(input, weight, bias, chunk_size):
         parts = lse, _, _ = _ce.stats_fwd(logits, target[rows], None, softcap, mean)
         for output, part in zip(outputs, parts, strict=True):
             if output.numel():
@@ -117,7 +121,6 @@ def _fwd_bwd(input, weight, bias, target, scale, label_smoothing, z_loss, softca
         upstream = reference.loss_gradients(scale[rows], lse, label_smoothing, z_loss)
         _ce.stats_bwd_in_place(*upstream, logits, target[rows], lse, softcap)
         grads.add(logits, rows)
-        del logits
     return *outputs, *grads.result()
 
 
@@ -219,10 +222,13 @@ class _Loss(torch.autograd.Function):
         return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *(None,) * 6
 
 
-def default_chunk_size(hidden: int, itemsize: int) -> int:
+SMALL = 2**25  # bytes of logits that are not worth cutting
+
+
+def default_chunk_size(hidden: int, classes: int, itemsize: int) -> int:
     """Rows a chunk: as many as make a chunk's logits half the size of the classifier's weight. Fewer would cost a read
     and a write of the weight's gradient more often."""
-    return max(1024 // itemsize, -(-hidden // 128) * 64)
+    return max(1024 // itemsize, -(-hidden // 128) * 64, SMALL // (max(classes, 1) * itemsize))
 
 
 def linear_cross_entropy(
@@ -238,6 +244,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     softcap: float = 0.0,
     num_valid: float | Tensor | None = None,
+    dtype: torch.dtype | None = None,
     chunk_size: int | None = None,
     return_logprobs: bool = False,
     process_group: object | None = None,
@@ -254,17 +261,17 @@ def linear_cross_entropy(
         linear_weight: (V, H), in input's dtype. May be an embedding's.
         target: (...) class indices, int64 or int32. (Probabilities: `cross_entropy` of whole logits.)
         linear_bias: (V,).
-        weight, reduction, ignore_index, label_smoothing, z_loss, softcap, num_valid: as `cross_entropy`. Class weights
-            do not go with label smoothing and z-loss.
+        weight, reduction, ignore_index, label_smoothing, z_loss, softcap, num_valid, dtype: as `cross_entropy`. Class
+            weights do not go with label smoothing and z-loss.
         chunk_size: rows whose logits are held at a time; default: as many as make them half the size of linear_weight,
-            at least 256 (512 for 16 bits).
+            at least 256 (512 for 16 bits), or 32 MiB of logits.
         return_logprobs: also return the log-probability of each target, differentiable.
         process_group: of torch.distributed: linear_weight and linear_bias are this rank's rows of a vocabulary that is
             cut over its ranks in their order, input and target the same on all. The loss, and the gradient of input,
             are then the same on all ranks too.
 
     Returns:
-        The loss in input's dtype (float32 under autocast), 0-d, or for "none" of target's shape. With return_logprobs
+        The loss, 0-d, or for "none" of target's shape. With return_logprobs
         also (...) float32 log-probabilities, 0 where the target is ignored. Differentiable once.
 
     Raises:
@@ -274,7 +281,7 @@ def linear_cross_entropy(
     for label, tensor in (("input", input), ("linear_weight", linear_weight), ("target", target)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: {label} must be a tensor, got {type(tensor).__name__}")
-    dtype = _ce.loss_dtype(input)
+    dtype = _ce.loss_dtype(input) if dtype is None else dtype
     if _attention.autocasts(input.device.type) and input.dtype != torch.float64:  # as torch's linear
         short = torch.get_autocast_dtype(input.device.type)
         input, linear_weight = input.to(short), linear_weight.to(short)
@@ -295,7 +302,10 @@ def linear_cross_entropy(
     shape = target.shape
     x, y = input.reshape(-1, input.shape[-1]), target.reshape(-1).long()
     _ce.check_target(name, y, classes, ignore_index)
-    chunk = min(default_chunk_size(x.shape[1], x.itemsize) if chunk_size is None else chunk_size, max(1, x.shape[0]))
+    chunk = min(
+        default_chunk_size(x.shape[1], linear_weight.shape[0], x.itemsize) if chunk_size is None else chunk_size,
+        max(1, x.shape[0]),
+    )
     numbers = float(label_smoothing), float(z_loss), float(softcap)
     differentiated = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (input, linear_weight, linear_bias)

@@ -1,0 +1,107 @@
+"""Cross-entropy modules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastllm import ops
+
+
+class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
+    """`torch.nn.CrossEntropyLoss` on `fastllm.ops.cross_entropy`: same arguments, same state_dict.
+
+    Args:
+        weight, size_average, ignore_index, reduce, reduction, label_smoothing: as torch's.
+        z_loss, softcap, inplace: as `fastllm.ops.cross_entropy`.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        size_average: Any = None,
+        ignore_index: int = -100,
+        reduce: Any = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        *,
+        z_loss: float = 0.0,
+        softcap: float = 0.0,
+        inplace: bool = False,
+    ):
+        super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        self.z_loss, self.softcap, self.inplace = z_loss, softcap, inplace
+
+    def forward(self, input: Tensor, target: Tensor, *, num_valid: float | Tensor | None = None) -> Tensor:
+        return ops.cross_entropy(
+            input,
+            target,
+            self.weight,
+            self.ignore_index,
+            self.reduction,
+            self.label_smoothing,
+            z_loss=self.z_loss,
+            softcap=self.softcap,
+            num_valid=num_valid,
+            inplace=self.inplace,
+        )
+
+
+class LinearCrossEntropyLoss(torch.nn.Module):
+    """The classifier and its loss on `fastllm.ops.linear_cross_entropy`, arguments and state_dict ("linear.weight",
+    "linear.bias", "weight") as `torch.nn.LinearCrossEntropyLoss` of torch 2.13 on.
+
+    Args:
+        in_features, num_classes: H and V.
+        bias, device, dtype: of the classifier.
+        reduction, weight, ignore_index, label_smoothing: as torch's.
+        z_loss, softcap, chunk_size: as `fastllm.ops.linear_cross_entropy`.
+    """
+
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        reduction: str = "mean",
+        weight: Tensor | None = None,
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        softcap: float = 0.0,
+        chunk_size: int | None = None,
+    ):
+        super().__init__()
+        self.linear = torch.nn.Linear(in_features, num_classes, bias, device, dtype)
+        self.register_buffer("weight", weight)
+        self.reduction, self.label_smoothing = reduction, label_smoothing
+        self.ignore_index = -100 if ignore_index is None else ignore_index
+        self.z_loss, self.softcap, self.chunk_size = z_loss, softcap, chunk_size
+
+    def forward(self, input: Tensor, target: Tensor, **kwargs: Any) -> Tensor | tuple[Tensor, Tensor]:
+        """The loss of hidden states (..., H) and targets (...); `num_valid`, `dtype`, `return_logprobs` and
+        `process_group` as `fastllm.ops.linear_cross_entropy`."""
+        return ops.linear_cross_entropy(
+            input,
+            self.linear.weight,
+            target,
+            linear_bias=self.linear.bias,
+            weight=self.weight,
+            reduction=self.reduction,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            z_loss=self.z_loss,
+            softcap=self.softcap,
+            chunk_size=self.chunk_size,
+            **kwargs,
+        )
+
+    def extra_repr(self) -> str:
+        return f"reduction={self.reduction!r}, ignore_index={self.ignore_index}, label_smoothing={self.label_smoothing}"

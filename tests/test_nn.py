@@ -1,0 +1,120 @@
+"""fastllm.nn against the modules of torch and transformers whose constructors and state_dicts it has."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+
+import pytest
+import torch
+
+import fastllm.nn as fnn
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"weight": torch.rand(7)}, {"label_smoothing": 0.1, "reduction": "sum"}], ids=str
+)
+def test_cross_entropy_loss(kwargs):
+    ours, stock = fnn.CrossEntropyLoss(**kwargs), torch.nn.CrossEntropyLoss(**kwargs)
+    x, y = torch.randn(5, 7), torch.tensor([0, 3, -100, 6, 6])
+    torch.testing.assert_close(ours(x, y), stock(x, y))
+    assert ours.state_dict().keys() == stock.state_dict().keys()
+    parameters = list(inspect.signature(torch.nn.CrossEntropyLoss).parameters)
+    assert list(inspect.signature(fnn.CrossEntropyLoss).parameters)[: len(parameters)] == parameters
+    torch.testing.assert_close(ours(x, y), copy.deepcopy(ours)(x, y))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear_cross_entropy_loss(bias):
+    ours = fnn.LinearCrossEntropyLoss(6, 9, bias=bias, label_smoothing=0.1)
+    x, y = torch.randn(5, 6, requires_grad=True), torch.tensor([0, 3, -100, 6, 8])
+    linear, stock = ours.linear, torch.nn.CrossEntropyLoss(label_smoothing=0.1)
+    torch.testing.assert_close(ours(x, y), stock(linear(x), y))
+    loss, logprobs = ours(x, y, return_logprobs=True)
+    torch.testing.assert_close(loss, stock(linear(x), y))
+    assert logprobs.shape == y.shape
+    if hasattr(torch.nn, "LinearCrossEntropyLoss"):
+        theirs = torch.nn.LinearCrossEntropyLoss(6, 9, bias=bias, label_smoothing=0.1)
+        theirs.load_state_dict(ours.state_dict())
+        torch.testing.assert_close(ours(x, y), theirs(x, y))
+
+
+@pytest.mark.parametrize(("name", "act"), [("SwiGLU", "silu"), ("GEGLU", "gelu_pytorch_tanh")])
+@pytest.mark.parametrize("bias", [False, True])
+def test_gated_mlps(name, act, bias):
+    llama = pytest.importorskip("transformers.models.llama")
+    config = llama.LlamaConfig(
+        hidden_size=8, intermediate_size=20, num_attention_heads=2, hidden_act=act, mlp_bias=bias
+    )
+    theirs = llama.modeling_llama.LlamaMLP(config)
+    ours = getattr(fnn, name)(8, 20, bias)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 3, 8)
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+SCALINGS = [
+    None,
+    {"rope_type": "linear", "factor": 4.0},
+    {"rope_type": "dynamic", "factor": 2.0},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+    {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64, "mscale": 1.0, "mscale_all_dim": 0.8},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "truncate": False, "beta_fast": 20},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "attention_factor": 0.7},
+    {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("scaling", SCALINGS, ids=str)
+@pytest.mark.parametrize("length", [9, 100])
+def test_rotary_embedding_is_transformers(scaling, length):
+    llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+    config = llama.LlamaConfig(
+        hidden_size=64, num_attention_heads=2, max_position_embeddings=64,
+        rope_parameters={"rope_theta": 500.0, "rope_type": "default", **(scaling or {})},
+    )  # fmt: skip
+    theirs = llama.LlamaRotaryEmbedding(config)
+    ours = fnn.RotaryEmbedding(32, 64, 500.0, scaling=scaling)
+    assert not ours.state_dict()
+    q, k = torch.randn(2, 2, length, 32), torch.randn(2, 1, length, 32)
+    ids = torch.arange(length)[None]
+    expected = llama.apply_rotary_pos_emb(q, k, *theirs(q, ids))
+    torch.testing.assert_close(ours(q, k), expected)
+    torch.testing.assert_close(ours(q, k, ids), expected)
+    torch.testing.assert_close(ours.inv_freq, theirs.inv_freq, rtol=1e-6, atol=0)
+    assert ours.attention_scaling == pytest.approx(theirs.attention_scaling)
+    short = torch.randn(1, 2, 5, 32)  # the dynamic type goes back
+    ids = torch.arange(5)[None]
+    torch.testing.assert_close(ours(short, short)[0], llama.apply_rotary_pos_emb(short, short, *theirs(short, ids))[0])
+
+
+def test_rotary_embedding_in_part_and_packed():
+    rope = fnn.RotaryEmbedding(32, 8, partial_rotary_factor=0.25, interleaved=True)
+    q = torch.randn(11, 2, 32)
+    turned, _ = rope(q, q)
+    assert torch.equal(turned[..., 8:], q[..., 8:])
+    assert not torch.equal(turned[1:, :, :8], q[1:, :, :8])
+    torch.testing.assert_close(rope(q, q, torch.arange(11))[0], turned)
+    copied = copy.deepcopy(rope).bfloat16()
+    torch.testing.assert_close(copied(q, q)[0], turned)
+    shorter = fnn.RotaryEmbedding(32, 8, partial_rotary_factor=0.25, interleaved=True).bfloat16()
+    torch.testing.assert_close(shorter(q, q)[0], turned)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"scaling": {"rope_type": "longrope"}}, "rope_type must be one of"),
+        ({"scaling": {"rope_type": "linear"}}, r"'linear' needs \['factor'\]"),
+        ({"scaling": {"rope_type": "linear", "factor": 2.0, "beta": 1}}, r"does not know \['beta'\]"),
+        ({"scaling": {"rope_type": "linear", "factor": 0.5}}, "factor at least 1"),
+        ({"base": -1.0}, "base must be positive"),
+        ({"partial_rotary_factor": 0.1}, "must be even and at most dim"),
+    ],
+)
+def test_rotary_embedding_refuses(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        fnn.RotaryEmbedding(32, **kwargs)

@@ -59,7 +59,9 @@ def cases(op: str, eager: Callable, rival: str, device: str, quick: bool) -> lis
         main = make_case((2048, 2816), torch.float32, "forward+backward", target="1.3x eager, 1x torch.compile")
         return [main] if quick else [main, make_case((2048, 2816), torch.bfloat16, "forward+backward")]
     directions: tuple[Direction, ...] = ("forward", "backward")
+    shapes = [(8192, 14336)] if quick else [(8192, 14336), (16384, 3072)]
     return [
-        make_case((8192, 14336), torch.bfloat16, direction, target="85% of copy, 1x torch.compile")
+        make_case(shape, torch.bfloat16, direction, target="85% of copy, 1x torch.compile")
+        for shape in shapes
         for direction in directions
     ]

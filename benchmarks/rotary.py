@@ -16,16 +16,24 @@ from fastllm.benchmarks.harness import Case, dtype_name
 from fastllm.testing import make
 
 
-def arguments(batch: int, seq: int, heads: int, kv_heads: int, size: int, dtype: torch.dtype, device: str) -> tuple:
+class Tables:
+    """cos and sin, (S, D / 2), made when the case's arguments are: not on a device that only its name is known of."""
+
+    cos: Tensor
+    sin: Tensor
+    doubled: tuple[Tensor, Tensor]  # as transformers has them: everything twice, in the dtype of the model
+
+
+def arguments(
+    tables: Tables, batch: int, seq: int, heads: int, kv_heads: int, size: int, dtype: torch.dtype, device: str
+) -> tuple:
     """Queries and keys as projections lay them out, (B, S, H, D)."""
+    angles = torch.outer(torch.arange(seq, dtype=torch.float64), 10000.0 ** -(torch.arange(size // 2) / (size // 2)))
+    tables.cos, tables.sin = angles.cos().float().to(device), angles.sin().float().to(device)
+    cos, sin = (torch.cat([t, t], -1)[None, None].to(dtype) for t in (tables.cos, tables.sin))
+    tables.doubled = cos, sin
     q, k = (make((batch, seq, n, size), dtype, device, seed=i).transpose(1, 2) for i, n in enumerate((heads, kv_heads)))
     return q, k
-
-
-def tables(seq: int, size: int, device: str) -> tuple[Tensor, Tensor]:
-    """cos and sin, (S, D / 2)."""
-    angles = torch.outer(torch.arange(seq, dtype=torch.float64), 10000.0 ** -(torch.arange(size // 2) / (size // 2)))
-    return angles.cos().float().to(device), angles.sin().float().to(device)
 
 
 def _rotate_half(x: Tensor) -> Tensor:
@@ -33,51 +41,48 @@ def _rotate_half(x: Tensor) -> Tensor:
     return torch.cat((-b, a), -1)
 
 
-def make_eager(cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Callable:
-    """As transformers: tables that hold everything twice, in the dtype of the model."""
-    cos, sin = (torch.cat([t, t], -1)[None, None].to(dtype) for t in (cos, sin))
-
+def make_eager(tables: Tables) -> Callable:
     def eager(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = tables.doubled
         return q * cos + _rotate_half(q) * sin, k * cos + _rotate_half(k) * sin
 
     return eager
 
 
-def make_fused(cos: Tensor, sin: Tensor) -> Callable:
+def make_fused(tables: Tables) -> Callable:
     def rotary(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        return ops.rotary(q, k, cos, sin)
+        return ops.rotary(q, k, tables.cos, tables.sin)
 
     return rotary
 
 
-def make_liger(cos: Tensor, sin: Tensor) -> Callable | None:
+def make_liger(tables: Tables) -> Callable | None:
     try:
         from liger_kernel.ops.rope import LigerRopeFunction
     except ImportError:
         return None
-    cos, sin = (torch.cat([t, t], -1)[None] for t in (cos, sin))
     # It writes into its arguments, which must outlive the call here.
-    return lambda q, k: LigerRopeFunction.apply(q.clone(), k.clone(), cos, sin)
+    return lambda q, k: LigerRopeFunction.apply(q.clone(), k.clone(), *(table[0] for table in tables.doubled))
 
 
 def case(
     device: str, batch: int, seq: int, heads: int, kv_heads: int, size: int, dtype: torch.dtype, target: str = ""
 ) -> Case:
-    cos, sin = tables(seq, size, device)
-    rivals: dict[str, Callable] = {"eager": make_eager(cos, sin, dtype)}
-    if device == "cuda" and (found := make_liger(cos, sin)):
+    tables = Tables()
+    rivals: dict[str, Callable] = {"eager": make_eager(tables)}
+    if device == "cuda" and (found := make_liger(tables)):
         rivals["Liger"] = found
     elements = batch * seq * (heads + kv_heads) * size
     return Case(
         op="rotary",
         name=f"{dtype_name(dtype)} B{batch} S{seq} {heads}:{kv_heads} heads D{size} forward+backward",
         direction="forward+backward",
-        args=functools.partial(arguments, batch, seq, heads, kv_heads, size, dtype, device),
+        args=functools.partial(arguments, tables, batch, seq, heads, kv_heads, size, dtype, device),
         rivals=rivals,
         bytes=4 * elements * dtype.itemsize,
         flops=6 * elements,
         target=target,
-        call=make_fused(cos, sin),
+        call=make_fused(tables),
     )
 
 
@@ -88,5 +93,8 @@ def cases(device: str, quick: bool) -> list[Case]:
             case(device, 2, 2048, 16, 4, 64, torch.bfloat16),
         ]
     else:
-        found = [case(device, 4, 4096, 32, 8, 128, torch.bfloat16, "85% of copy, 1x torch.compile")]
+        found = [
+            case(device, 4, 4096, 32, 8, 128, torch.bfloat16, "85% of copy, 1x torch.compile"),
+            case(device, 8, 1024, 12, 12, 64, torch.bfloat16),
+        ]
     return found[:1] if quick else found

@@ -74,6 +74,7 @@ class Case:
         call: what is timed as fastllm, where that is not the op itself.
         check: draws the arguments that correctness is checked on, where those of `args` are too large for float64.
         inference: the op has no gradient.
+        overwrites: `call` writes into its arguments, which are restored before each turn.
         rounds: how many are timed at the least and at the most; fewer where one takes seconds.
         compiled: whether torch.compile of eager is timed, too.
         setup: for what is not a function of tensors: checks correctness and returns, by name, what to call before a
@@ -93,6 +94,7 @@ class Case:
     call: Callable | None = None
     check: Callable[[], tuple] | None = None
     inference: bool = False
+    overwrites: bool = False
     rounds: tuple[int, int] = (MIN_ROUNDS, MAX_ROUNDS)
     compiled: bool = True
     setup: Callable[[], dict[str, Ready]] | None = None
@@ -128,6 +130,14 @@ def _contender(name: str, fn: Callable, case: Case, args: tuple) -> Contender:
         return torch.autograd.grad(outputs, leaves, cotangents)
 
     backward(outputs)  # compiles, and shows now rather than later what cannot run
+    if case.overwrites and name == "fastllm":
+        kept = [leaf.detach().clone() for leaf in leaves]
+
+        def restore() -> None:
+            for leaf, original in zip(leaves, kept, strict=True):
+                leaf.data.copy_(original)
+
+        return Contender(name, restore, lambda _: backward(forward()))
     if case.direction == "forward":
         return Contender(name, lambda: None, forward)
     if case.direction == "backward":

@@ -71,7 +71,7 @@ def case(
     tables = Tables()
     rivals: dict[str, Callable] = {"eager": make_eager(tables)}
     if device == "cuda" and (found := make_liger(tables)):
-        rivals["Liger"] = found
+        rivals["Liger + clones"] = found
     elements = batch * seq * (heads + kv_heads) * size
     return Case(
         op="rotary",

@@ -329,6 +329,7 @@ def check_op(
     seed: int = 1000,
     roundings: int = FLOOR_ROUNDINGS,
     cancelling: float = 0.0,
+    in_exponent: float = 0.0,
 ) -> None:
     """Asserts that an op's outputs and the gradients of all its floating tensor arguments are within budget.
 
@@ -340,6 +341,8 @@ def check_op(
         grad_layout: the layout of the gradients that come in, one of `LAYOUTS`.
         seed: of the gradients that come in.
         roundings, cancelling: of the floor, where the op's formula implies more than usual; see `rounding_floor`.
+        in_exponent: for gradients that are exponentials, the size of what is subtracted there: its roundings are
+            relative errors of theirs. `cancelling` is then of the outputs alone.
 
     Raises:
         AssertionError: with the op, the tensor, the worst element and the budget.
@@ -364,4 +367,9 @@ def check_op(
         if k is None or t is None or e is None:
             assert k is t is e, f"{name}: {label}: only some of kernel, truth and eager depend on it"
             continue
-        assert_within_budget(k, t, e, floor=rounding_floor(t, k.dtype, roundings, cancelling), name=f"{name}: {label}")
+        terms = cancelling
+        if in_exponent and label.startswith("gradient"):
+            largest = float(torch.where(t.isfinite(), t, 0).abs().max()) if t.numel() else 0.0
+            # The probability of the target is subtracted from 1, times what comes in.
+            terms = in_exponent * largest + max(float(c.abs().max()) for c in cotangents if c.numel())
+        assert_within_budget(k, t, e, floor=rounding_floor(t, k.dtype, roundings, terms), name=f"{name}: {label}")

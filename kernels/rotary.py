@@ -113,7 +113,7 @@ def rotary(
         stride_ps=0 if positions is None else positions.stride(1),
         seq=seq, heads=heads, kv_heads=k.shape[1], head_blocks=head_blocks, half=half, size=size,
         sign=-1.0 if inverse else 1.0, rows=cos.shape[-2], POSITIONS=positions is not None, INTERLEAVED=interleaved,
-        COPY=2 * half < size and q_out is not q,
+        COPY=2 * half < size and (targets[0] is not sources[0] or targets[1] is not sources[1]),
     )  # fmt: skip
     for target, out in zip(targets, (q_out, k_out), strict=True):
         if target is not out:

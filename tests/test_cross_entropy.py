@@ -55,6 +55,7 @@ def check(shape=(7, 40), dtype=torch.float32, layout="contiguous", scale=1.0, **
         lambda x: eager(x, y, **kwargs),
         (x,),
         cancelling=largest + kwargs.get("z_loss", 0.0) * (largest + 10) ** 2,
+        in_exponent=largest + 10,
     )
 
 
@@ -158,13 +159,15 @@ def test_nothing_to_learn_from(backend):
 
 def test_an_ignored_row_is_not_looked_at():
     x = torch.randn(3, 40)
-    x[1] = torch.nan
-    x.requires_grad_()
-    loss = ops.cross_entropy(x, torch.tensor([3, -100, 5]))
-    (grad,) = torch.autograd.grad(loss, x)
-    assert loss.isfinite()
-    assert not grad[1].any()
-    assert grad.isfinite().all()
+    for value in (torch.nan, -torch.inf):
+        x[1] = value
+        leaf = x.clone().requires_grad_()
+        for z_loss in (0.0, 0.1):
+            loss = ops.cross_entropy(leaf, torch.tensor([3, -100, 5]), z_loss=z_loss)
+            (grad,) = torch.autograd.grad(loss, leaf)
+            assert loss.isfinite()
+            assert not grad[1].any()
+            assert grad.isfinite().all()
 
 
 @pytest.mark.parametrize("binding", CPU)
@@ -209,6 +212,37 @@ def test_in_place(dtype, backend):
         torch.autograd.grad(loss, logits)
 
 
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.filterwarnings("ignore::fastllm.FallbackWarning")
+def test_in_place_where_that_cannot_be(backend):
+    """Rows that share memory or are not dense get a gradient of their own; float64 its reference."""
+    for logits in (
+        torch.randn(1, 7).expand(5, 7),
+        torch.randn(20).unfold(0, 8, 3),
+        torch.randn(7, 5).t(),
+        torch.randn(5, 14)[:, ::2],
+        torch.randn(5, 7, dtype=torch.float64),
+    ):
+        x, y = logits.clone().requires_grad_(), targets(*logits.shape)
+        with fastllm.use_backend(backend):
+            (wanted,) = torch.autograd.grad(ops.cross_entropy(x, y), x)
+            view = _Laid.apply(x, logits)
+            (grad,) = torch.autograd.grad(ops.cross_entropy(view, y, inplace=True), x)
+        torch.testing.assert_close(grad, wanted)
+
+
+class _Laid(torch.autograd.Function):
+    """x in the memory of another tensor, as if that had been computed from it."""
+
+    @staticmethod
+    def forward(ctx, x, memory):
+        return memory.data
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
 def test_overwritten_logits_are_an_error_for_others():
     x, y = torch.randn(5, 9, requires_grad=True), targets(5, 9)
     logits = x * 1
@@ -216,8 +250,33 @@ def test_overwritten_logits_are_an_error_for_others():
     ops.cross_entropy(logits, y, inplace=True).backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         other.backward()
-    with pytest.raises(ValueError, match="would overwrite a leaf"):
-        ops.cross_entropy(x, y, inplace=True)
+    for leaf in (x, x.view(5, 9), x[:, :4]):
+        with pytest.raises(ValueError, match="would overwrite a leaf"):
+            ops.cross_entropy(leaf, y.clamp(max=3), inplace=True)
+
+
+def test_in_place_has_no_effect_in_a_compiled_graph():
+    """Where nobody would be told that the logits are gone."""
+
+    y = targets(5, 9)
+
+    def step(x):
+        logits = x * 1
+        return logits.sin().sum() + ops.cross_entropy(logits, y, inplace=True)
+
+    torch.compiler.reset()
+    x = torch.randn(5, 9, requires_grad=True)
+    (grad,) = torch.autograd.grad(torch.compile(step, fullgraph=True, backend="aot_eager")(x), x)
+    (wanted,) = torch.autograd.grad(x.sin().sum() + F.cross_entropy(x, y), x)
+    torch.testing.assert_close(grad, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8], ids=str)
+def test_targets_of_any_stride(dtype):
+    x = torch.randn(6, 9)
+    for y in (torch.randint(9, (12,))[::2], torch.randint(9, (6, 2))[:, 0], torch.tensor([4]).expand(6)):
+        torch.testing.assert_close(ops.cross_entropy(x, y.to(dtype)), F.cross_entropy(x, y.long()))
+    torch.testing.assert_close(ops.cross_entropy(x, y), F.cross_entropy(x, y))
 
 
 def test_every_element_is_written():
@@ -308,7 +367,7 @@ def test_hostile_arguments():
         (([1.0], y), {}, TypeError, "input must be a tensor, got list"),
         ((x, 3), {}, TypeError, "target must be a tensor, got int"),
         ((x.int(), y), {}, TypeError, "input must have a floating dtype, got torch.int32"),
-        ((x, y.bool()), {}, TypeError, "target must be int64, int32 or floating probabilities, got torch.bool"),
+        ((x, y.bool()), {}, TypeError, "target must be int64, int32, uint8 or floating probabilities, got torch.bool"),
         ((x, y[:3]), {}, ValueError, r"target must have shape \(4,\) for input \(4, 7\), got \(3,\)"),
         ((x, x[:, :5]), {}, ValueError, r"target must have shape \(4, 7\).*, got \(4, 5\)"),
         ((x[0, 0], y[0]), {}, ValueError, r"input must have shape \(V,\), \(N, V\)"),
@@ -322,6 +381,9 @@ def test_hostile_arguments():
         ((x, y), {"label_smoothing": 1.5}, ValueError, "label_smoothing must be between 0 and 1, got 1.5"),
         ((x, y), {"z_loss": -1.0}, ValueError, "z_loss must be finite and not negative, got -1.0"),
         ((x, y), {"softcap": math.nan}, ValueError, "softcap must be finite and not negative, got nan"),
+        ((x, y), {"num_valid": 0}, ValueError, "num_valid must be positive, got 0"),
+        ((x, y), {"num_valid": torch.ones((), requires_grad=True)}, ValueError, "get no gradient"),
+        ((x, x.softmax(1)), {"ignore_index": 1}, ValueError, "ignore_index is for class indices, got 1"),
         ((x, y), {"num_valid": 3, "reduction": "sum"}, ValueError, "num_valid is for reduction='mean'"),
     ):
         with pytest.raises(error, match=f"^cross_entropy: .*{message}"):

@@ -63,6 +63,7 @@ def check(x, w, b, y, **kwargs):
         call(eager),
         (x, w, b),
         cancelling=largest + kwargs.get("z_loss", 0.0) * (largest + 10) ** 2,
+        in_exponent=largest + 10,
     )
 
 
@@ -232,6 +233,50 @@ def test_the_weights_gradient_is_summed_in_float32():
     assert float((naive.double() - truth).abs().max() / truth.abs().max()) > 4 * errors[0], "the test can tell"
 
 
+@pytest.mark.parametrize("factor", [1 / 3, 0.1, 1 / 7])
+def test_a_factor_scales_the_gradient_without_a_bias(factor):
+    """Rounded to bfloat16 itself, it would shift all of them alike."""
+    x, w, b, y = draw(200, 32, 50, torch.bfloat16)
+    leaves = [t.requires_grad_() for t in (x, w, b)]
+    for leaf in leaves:
+        (plain,) = torch.autograd.grad(ops.linear_cross_entropy(x, w, y, linear_bias=b, dtype=torch.float32), leaf)
+        loss = ops.linear_cross_entropy(x, w, y, linear_bias=b, dtype=torch.float32) * factor
+        (scaled,) = torch.autograd.grad(loss, leaf)
+        ratio = (scaled.double() * plain.double()).sum() / plain.double().square().sum() / factor
+        assert abs(ratio - 1) < 4e-4 if leaf is not b else abs(ratio - 1) < 2e-3
+
+
+def test_float16_gradients_are_scaled_before_they_are_rounded():
+    """As a GradScaler needs it: unscaled, most of these are below float16's smallest number."""
+    rows = 4096
+    x, w, _, _ = draw(rows, 16, 32, torch.float32)
+    y = torch.randint(32, (rows,), generator=torch.Generator().manual_seed(0))
+    exact = w.clone().requires_grad_()
+    (truth,) = torch.autograd.grad(eager(x, exact, y) * 32768.0, exact)
+    for fn in (ops.linear_cross_entropy, eager):
+        leaf = w.half().requires_grad_()
+        (grad,) = torch.autograd.grad(fn(x.half(), leaf, y).float() * 32768.0, leaf)
+        assert ((grad.float() - truth).abs().max() / truth.abs().max()) < 4e-3
+
+
+def test_targets_of_any_stride():
+    x, w, b, _ = draw(6)
+    for y in (torch.randint(41, (12,))[::2], torch.randint(41, (6, 2))[:, 0], torch.tensor([4]).expand(6)):
+        for reduction in ("mean", "none"):
+            losses = [fn(x, w, y, linear_bias=b, reduction=reduction) for fn in (ops.linear_cross_entropy, eager)]
+            torch.testing.assert_close(*losses)
+
+
+def test_an_ignored_row_may_hold_anything():
+    x, w, b, y = draw()
+    x[0] = torch.inf  # y[0] is ignored
+    leaf = x.requires_grad_()
+    loss = ops.linear_cross_entropy(leaf, w, y, linear_bias=b, z_loss=0.1)
+    (grad,) = torch.autograd.grad(loss, leaf)
+    assert loss.isfinite()
+    assert grad.isfinite().all()
+
+
 def test_training_does_not_drift():
     """200 steps in bfloat16: the loss stays beside that of the two steps, as near as that is to float32's."""
 
@@ -260,20 +305,21 @@ def test_training_does_not_drift():
     assert (losses(chunked, torch.bfloat16) - exact).abs().max() <= 2 * (stock - exact).abs().max()
 
 
-def test_the_logits_are_never_whole():
+@pytest.mark.parametrize(("rows", "classes", "chunk_size"), [(2048, 50257, 128), (512, 262144, 32)])
+def test_the_logits_are_never_whole(rows, classes, chunk_size):
     """Peak memory, from /proc: beside the gradients, a chunk."""
-    script = """
-import resource, sys, torch
+    script = f"""
+import torch
 from fastllm import ops
 torch.set_num_threads(1)
 def peak():
     return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) * 1024
-rows, hidden, classes = 2048, 16, 50257
+rows, hidden, classes = {rows}, 16, {classes}
 x, w = torch.randn(rows, hidden, requires_grad=True), torch.randn(classes, hidden, requires_grad=True)
 y = torch.randint(classes, (rows,))
 ops.linear_cross_entropy(x[:8], w, y[:8], chunk_size=8).backward()
 before = peak()
-ops.linear_cross_entropy(x, w, y, chunk_size=128).backward()
+ops.linear_cross_entropy(x, w, y, chunk_size={chunk_size}).backward()
 print(peak() - before)
 """
     if not os.path.exists("/proc/self/status"):
@@ -282,7 +328,7 @@ print(peak() - before)
     import sys
 
     grown = int(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
-    logits = 2048 * 50257 * 4
+    logits = rows * classes * 4
     assert grown < logits / 8, f"{grown / 1e6:.0f} MB of {logits / 1e6:.0f} MB"
 
 

@@ -140,6 +140,32 @@ def test_gradient_in_place():
     torch.testing.assert_close(*grads)
 
 
+def test_in_place_refuses_what_it_cannot_do():
+    cos, sin = tables(9, 8)
+    q, k = torch.randn(1, 2, 9, 16), torch.randn(1, 2, 9, 16)
+    leaf = torch.randn(1, 9, 2, 16, requires_grad=True)
+    for args, message in (
+        ((q, q), "would turn one tensor twice"),
+        ((q, k[:, :1].expand(1, 2, 9, 16)), r"k has strides"),
+        (((leaf * 1).transpose(1, 2), k), "no views, and not packed; q is"),
+        ((leaf[0] * 1, leaf[0] * 2), "no views, and not packed; q is"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.rotary(*args, cos, sin, inplace=True)
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.filterwarnings("ignore::fastllm.FallbackWarning")
+def test_in_place_on_heads_that_are_not_dense(backend):
+    cos, sin = tables(9, 3)
+    q, k = torch.randn(1, 2, 9, 16)[..., ::2], torch.randn(1, 2, 9, 16)[..., 1::2]
+    wanted = ops.rotary(q, k, cos, sin)
+    with fastllm.use_backend(backend):
+        ops.rotary(q, k, cos, sin, inplace=True)
+    for a, b in zip((q, k), wanted, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_only_one_is_used():
     cos, sin = tables(9, 8)
     q, k = (torch.randn(1, 2, 9, 16, requires_grad=True) for _ in range(2))
@@ -160,7 +186,7 @@ def test_layout_of_the_output(backend):
 
 def test_empty():
     cos, sin = tables(9, 8)
-    for shape in ((0, 2, 4, 16), (2, 2, 0, 16)):
+    for shape in ((0, 2, 4, 16), (2, 2, 0, 16), (2, 0, 4, 16)):
         q = torch.randn(shape, requires_grad=True)
         ops.rotary(q, q.detach(), cos, sin)[0].sum().backward()
         assert q.grad.shape == shape

@@ -36,7 +36,8 @@ void check_rows(const Tensor& logits, const Tensor& target) {
 }
 
 bool supported(const Tensor& logits, const Tensor& target, const MaybeTensor& weight) {
-  return is_kernel_dtype(logits.scalar_type()) && target.scalar_type() == ScalarType::Long && !weight.has_value();
+  return is_kernel_dtype(logits.scalar_type()) && target.scalar_type() == ScalarType::Long && !weight.has_value() &&
+         logits.dim() == 2 && logits.size(1) > 0;
 }
 
 int64_t grain(int64_t n) {
@@ -121,7 +122,8 @@ void backward_in_place(
     const Tensor& target,
     const Tensor& lse,
     double softcap) {
-  if (!supported(logits, target, std::nullopt) || (logits.numel() > 0 && row_stride(logits) < 0)) {
+  if (!supported(logits, target, std::nullopt) || logits.stride(1) != 1 ||
+      logits.stride(0) < logits.size(1)) {
     call_fallback<0>("cross_entropy_bwd_", dlse, dpicked, dmean, logits, target, lse, softcap);
     return;
   }

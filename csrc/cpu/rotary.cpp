@@ -89,8 +89,8 @@ void turn(
   });
 }
 
-bool empty(const Tensor& q, const Tensor& cos) {
-  return q.size(0) * q.size(2) * q.size(3) == 0 || cos.size(cos.dim() - 2) == 0;
+bool empty(const Tensor& q, const Tensor& k, const Tensor& cos) {
+  return q.numel() + k.numel() == 0 || cos.size(cos.dim() - 2) == 0;
 }
 
 // In memory as `like`: its heads outside or inside its positions.
@@ -116,7 +116,7 @@ std::tuple<Tensor, Tensor> rotary_fwd(
   }
   check_arguments(q, k, cos, sin, positions);
   Tensor q_out = new_heads(q), k_out = new_heads(k);
-  if (!empty(q, cos)) {
+  if (!empty(q, k, cos)) {
     turn(dense_last(q), dense_last(k), q_out, k_out, cos, sin, positions, interleaved, inverse);
   }
   return {q_out, k_out};
@@ -135,7 +135,7 @@ void rotary_in_place(
     return;
   }
   check_arguments(q, k, cos, sin, positions);
-  if (!empty(q, cos)) {
+  if (!empty(q, k, cos)) {
     turn(q, k, q, k, cos, sin, positions, interleaved, inverse);
   }
 }

@@ -383,6 +383,14 @@ class GPT(nn.Module):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> GPT:
+        super()._apply(fn, recurse)
+        if self.config.position == "rotary":  # angles stay in float32, whatever the weights are moved to
+            device = self.cos_SD.device
+            if device.type != "meta":
+                self.cos_SD, self.sin_SD = (table.to(device) for table in rotary_tables(self.config))
+        return self
+
     def documents(self, tokens_BT: Tensor) -> Documents | None:
         """Where the documents of these tokens lie; None for a model that does not look."""
         if self.config.document_token is None:

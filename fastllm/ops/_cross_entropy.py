@@ -32,16 +32,24 @@ def _bwd_supports(dlse, dpicked, dmean, logits, target, weight, *rest):
     return _supports(logits, target, weight)
 
 
+def writable(logits: Tensor) -> bool:
+    """Whether the rows are dense and apart from each other, so that a kernel may write where it reads."""
+    return logits.stride(1) == 1 and logits.stride(0) >= logits.shape[1]
+
+
 def _bwd_in_place_supports(dlse, dpicked, dmean, logits, target, *rest):
+    if not writable(logits):
+        return f"writes into dense rows that lie apart, not into strides {tuple(logits.stride())}"
     return _supports(logits, target, None)
 
 
 def _fwd_triton(logits, target, weight, softcap, mean):
+    if not logits.numel():
+        return reference.cross_entropy_fwd(logits, target, weight, softcap, mean)
     lse, picked, average = outputs = _fwd_fake(logits, target, weight, softcap, mean)
-    if logits.numel():
-        from fastllm.kernels import cross_entropy as kernels
+    from fastllm.kernels import cross_entropy as kernels
 
-        kernels.cross_entropy_fwd(lse, picked, average if mean else None, _dense(logits), target, softcap)
+    kernels.cross_entropy_fwd(lse, picked, average if mean else None, _dense(logits), target, softcap)
     return outputs
 
 
@@ -126,6 +134,21 @@ def check_numbers(name: str, reduction: str, label_smoothing: float, z_loss: flo
             raise ValueError(f"{name}: {label} must be finite and not negative, got {number}")
 
 
+def check_num_valid(name: str, num_valid: float | Tensor | None, reduction: str) -> None:
+    if num_valid is None:
+        return
+    if reduction != "mean":
+        raise ValueError(f"{name}: num_valid is for reduction='mean', got {reduction!r}")
+    if isinstance(num_valid, Tensor):
+        if num_valid.numel() != 1 or num_valid.requires_grad:
+            raise ValueError(
+                f"{name}: num_valid must have one element and get no gradient, got shape {tuple(num_valid.shape)}, "
+                f"requires_grad={num_valid.requires_grad}"
+            )
+    elif not num_valid > 0:
+        raise ValueError(f"{name}: num_valid must be positive, got {num_valid}")
+
+
 def check_weight(name: str, weight: Tensor | None, classes: int, input: Tensor) -> None:
     if weight is None:
         return
@@ -167,7 +190,8 @@ def row_losses(
         uniform = lse - mean if weight is None else weight.mean() * lse - mean
         rows = (1 - label_smoothing) * rows + label_smoothing * uniform
     if z_loss:
-        rows = rows + z_loss * lse.square()
+        known = lse if valid is None else torch.where(valid, lse, 0.0)  # a row that is ignored may hold anything
+        rows = rows + z_loss * known.square()
     return (rows if valid is None else torch.where(valid, rows, 0.0)), count
 
 

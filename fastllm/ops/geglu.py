@@ -70,7 +70,7 @@ def geglu(gate: Tensor, up: Tensor | None = None, approximate: str = "tanh") -> 
         approximate: "tanh", Gemma's; or "none", with the error function, as in `torch.nn.functional.gelu`.
 
     Returns:
-        (..., N), contiguous, in gate's dtype. Differentiable once.
+        (..., N), contiguous, in the dtype that gate and up promote to. Differentiable once.
 
     Raises:
         TypeError: for a dtype that is not floating; ValueError: for shapes and devices that do not fit, and for

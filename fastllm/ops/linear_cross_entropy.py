@@ -211,14 +211,14 @@ class _Loss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dloss):
         wanted = list(ctx.needs_input_grad[:3])
-        *saved, scale, lse = ctx.saved_tensors
         grads, ctx.grads = ctx.grads, None
         if grads is None:  # a second time: autograd has the first ones, and may have added to them
+            *saved, scale, lse = ctx.saved_tensors
             label_smoothing, z_loss, softcap, chunk_size = ctx.rest
             upstream = reference.loss_gradients(scale, lse, label_smoothing, z_loss)
             grads = _bwd_op(*upstream, *saved, lse, softcap, chunk_size, wanted)
         if dloss.device.type != "cpu" or torch.compiler.is_compiling() or dloss.item() != 1:
-            grads = [grad * dloss.to(grad.dtype) for grad in grads]
+            grads = [(grad.to(dloss.dtype) * dloss).to(grad.dtype) for grad in grads]
         return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *(None,) * 6
 
 
@@ -252,9 +252,9 @@ def linear_cross_entropy(
     """`cross_entropy(input @ linear_weight.T + linear_bias, target, ...)` without the logits in memory.
 
     Argument names are those of `torch.nn.functional.linear_cross_entropy`. With "mean" and "sum" the gradients are
-    computed in the forward, a chunk of rows at a time, and need three matrix products; with "none", return_logprobs and
-    process_group the backward computes the logits once more, a fourth. The gradient of the weight is summed over chunks
-    in float32.
+    computed in the forward, a chunk of rows at a time, and need three matrix products; with "none", return_logprobs,
+    process_group and in float16 the backward computes the logits once more, a fourth. The gradient of the weight is
+    summed over chunks in float32.
 
     Args:
         input: (..., H) hidden states; float32, bfloat16, float16; float64 runs on the reference.
@@ -268,7 +268,7 @@ def linear_cross_entropy(
         return_logprobs: also return the log-probability of each target, differentiable.
         process_group: of torch.distributed: linear_weight and linear_bias are this rank's rows of a vocabulary that is
             cut over its ranks in their order, input and target the same on all. The loss, and the gradient of input,
-            are then the same on all ranks too.
+            are then the same on all ranks too. Each call asks the ranks for their sizes; not in a compiled graph.
 
     Returns:
         The loss, 0-d, or for "none" of target's shape. With return_logprobs
@@ -296,11 +296,10 @@ def linear_cross_entropy(
         raise ValueError(
             f"{name}: class weights do not go with label_smoothing and z_loss, got {label_smoothing} and {z_loss}"
         )
-    if num_valid is not None and reduction != "mean":
-        raise ValueError(f"{name}: num_valid is for reduction='mean', got {reduction!r}")
+    _ce.check_num_valid(name, num_valid, reduction)
 
     shape = target.shape
-    x, y = input.reshape(-1, input.shape[-1]), target.reshape(-1).long()
+    x, y = input.reshape(-1, input.shape[-1]), target.reshape(-1).long().contiguous()
     _ce.check_target(name, y, classes, ignore_index)
     chunk = min(
         default_chunk_size(x.shape[1], linear_weight.shape[0], x.itemsize) if chunk_size is None else chunk_size,
@@ -310,7 +309,9 @@ def linear_cross_entropy(
     differentiated = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (input, linear_weight, linear_bias)
     )
-    if differentiated and reduction != "none" and not return_logprobs and process_group is None:
+    # float16 needs the scale of a GradScaler before its gradients are rounded, which only the backward knows.
+    now = reduction != "none" and not return_logprobs and process_group is None and x.dtype != torch.float16
+    if differentiated and now:
         valid = y != ignore_index
         scale = valid.to(torch.promote_types(x.dtype, torch.float32))
         if weight is not None:
@@ -320,7 +321,7 @@ def linear_cross_entropy(
             scale = torch.where(valid, scale / count, 0.0)
         loss = _Loss.apply(x, linear_weight, linear_bias, y, scale, *numbers, chunk)
         if reduction == "mean":
-            loss = loss + 0.0 / count  # NaN without a target, as torch
+            loss = loss + torch.zeros_like(loss) / count  # NaN without a target, as torch
         return loss.to(dtype)
     if process_group is None:
         stats = _LinearStats.apply(x, linear_weight, linear_bias, y, softcap, label_smoothing > 0, chunk)

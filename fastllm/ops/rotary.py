@@ -20,6 +20,12 @@ def _supports(q, k, cos, sin, *rest) -> str | None:
     return None
 
 
+def _in_place_supports(q, k, *rest) -> str | None:
+    if q.stride(3) != 1 or k.stride(3) != 1:
+        return f"writes into dense heads, not into strides {tuple(q.stride())} and {tuple(k.stride())}"
+    return _supports(q, k, *rest)
+
+
 def _fake(q, k, *rest):
     return tuple(_attention.empty_out(x, x.shape[3]) for x in (q, k))
 
@@ -61,7 +67,10 @@ _in_place = Op(
     f"rotary_(Tensor(a!) q, Tensor(b!) k, {_SIGNATURE}) -> ()",
     reference=_in_place_reference,
     fake=lambda *args: None,
-    backends=(Backend("triton", _triton.supports(_supports), _in_place_triton), compiled("CPU", _supports)),
+    backends=(
+        Backend("triton", _triton.supports(_in_place_supports), _in_place_triton),
+        compiled("CPU", _in_place_supports),
+    ),
 )
 
 
@@ -114,7 +123,7 @@ def rotary(
             transformers' tables, which hold everything twice. Not differentiable.
         interleaved: the pairs, see above.
         position_ids: (S,) or (B, S) integers, or (total,) with packed q: the rows of cos and sin.
-        inplace: overwrite q and k, and return them.
+        inplace: overwrite q and k, and return them. With gradients, they must be no views (and so not packed).
 
     Returns:
         q and k turned, of their shapes, in memory ordered as they are. Differentiable once.
@@ -126,6 +135,8 @@ def rotary(
     name = "rotary"
     packed = isinstance(q, Tensor) and q.dim() == 3
     _attention.check_tensors(name, "SHD" if packed else "BHSD", q=q, k=k)
+    if inplace:
+        _check_in_place(q, k, packed)
     if packed:
         q, k = (x.transpose(0, 1)[None] for x in (q, k))
     if (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
@@ -137,6 +148,19 @@ def rotary(
     function = _RotaryInPlace if inplace else _Rotary
     q, k = function.apply(q, k, cos, sin, positions, interleaved)
     return (q[0].transpose(0, 1), k[0].transpose(0, 1)) if packed else (q, k)
+
+
+def _check_in_place(q: Tensor, k: Tensor, packed: bool) -> None:
+    for label, x in (("q", q), ("k", k)):
+        if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
+            raise ValueError(f"rotary: inplace needs elements of their own, {label} has strides {tuple(x.stride())}")
+        compiling = torch.compiler.is_compiling()  # a compiled graph writes into a copy where it must
+        if x.requires_grad and torch.is_grad_enabled() and (packed or (not compiling and x._is_view())):
+            raise ValueError(
+                f"rotary: inplace with gradients needs tensors that are no views, and not packed; {label} is"
+            )
+    if q is k:
+        raise ValueError("rotary: inplace would turn one tensor twice: q is k")
 
 
 def _tables(q: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

@@ -68,7 +68,7 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
         up: (..., N). Another dtype is promoted as `*` does.
 
     Returns:
-        (..., N), contiguous, in gate's dtype. Differentiable once.
+        (..., N), contiguous, in the dtype that gate and up promote to. Differentiable once.
 
     Raises:
         TypeError: for a dtype that is not floating; ValueError: for shapes and devices that do not fit.

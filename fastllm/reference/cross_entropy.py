@@ -36,6 +36,8 @@ def cross_entropy_fwd(
     """Returns lse, picked and mean, each (N,) in the accumulation dtype; mean is empty if it is not asked for."""
     acc = torch.promote_types(logits.dtype, torch.float32)
     t = cap(logits.to(acc), softcap)
+    if t.shape[1] == 0:
+        return t.new_full(t.shape[:1], -torch.inf), t.new_zeros(t.shape[:1]), t.new_zeros(t.shape[0] if mean else 0)
     w = t.new_ones(()) if weight is None else weight.to(acc)
     lse = torch.logsumexp(t, -1)
     if target.is_floating_point():

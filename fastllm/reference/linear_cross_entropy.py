@@ -45,11 +45,10 @@ def linear_cross_entropy_bwd(
     """Returns the gradients that are wanted; empty for the others."""
     logits = _logits(input, weight, bias)
     d = cross_entropy_bwd(dlse, dpicked, dmean, logits, target, None, lse, softcap)
-    nothing = input.new_empty(0)
     return (
-        (d @ weight.to(d.dtype)).to(input.dtype) if wanted[0] else nothing,
-        (d.T @ input.to(d.dtype)).to(weight.dtype) if wanted[1] else nothing,
-        d.sum(0).to(bias.dtype) if wanted[2] and bias is not None else nothing,
+        (d @ weight.to(d.dtype)).to(input.dtype) if wanted[0] else input.new_empty(0),
+        (d.T @ input.to(d.dtype)).to(weight.dtype) if wanted[1] else weight.new_empty(0),
+        d.sum(0).to(bias.dtype) if wanted[2] and bias is not None else weight.new_empty(0),
     )
 
 
@@ -57,7 +56,8 @@ def loss_gradients(
     scale: Tensor, lse: Tensor, label_smoothing: float, z_loss: float
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(dlse, dpicked, dmean) of sum_i scale_i ((1 - e) (lse - picked) + e (lse - mean) + z lse^2)."""
-    dlse = scale * (1 + 2 * z_loss * lse) if z_loss else scale
+    # A row without a share may hold anything.
+    dlse = scale * (1 + 2 * z_loss * torch.where(scale == 0, 0.0, lse)) if z_loss else scale
     return dlse, scale * (label_smoothing - 1), scale * -label_smoothing if label_smoothing else None
 
 

@@ -122,8 +122,7 @@ void backward_in_place(
     const Tensor& target,
     const Tensor& lse,
     double softcap) {
-  if (!supported(logits, target, std::nullopt) || logits.stride(1) != 1 ||
-      logits.stride(0) < logits.size(1)) {
+  if (!supported(logits, target, std::nullopt) || logits.stride(1) != 1 || logits.stride(0) < logits.size(1)) {
     call_fallback<0>("cross_entropy_bwd_", dlse, dpicked, dmean, logits, target, lse, softcap);
     return;
   }

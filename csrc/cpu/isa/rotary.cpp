@@ -79,9 +79,8 @@ void turn_places(const Rotary& a, const RotaryHeads& x, int64_t begin, int64_t e
         turn_head<T, false>(in, out, cos, sin, a.sign, a.half);
       }
       if (out != in) {
-        for_each_vector(2 * a.half, a.size, [&](int64_t i, auto... count) {
-          store(out + i, load(in + i, count...), count...);
-        });
+        for_each_vector(
+            2 * a.half, a.size, [&](int64_t i, auto... count) { store(out + i, load(in + i, count...), count...); });
       }
     }
   }

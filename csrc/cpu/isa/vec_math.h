@@ -53,7 +53,8 @@ inline Vec tanh(Vec x) {
   return abs(x) < 0.625f ? p * z * x + x : far;
 }
 
-// Within 5e-7 in float32 (1.5e-7 in exact arithmetic): Abramowitz and Stegun, "Handbook of Mathematical Functions", 7.1.26. `gauss` is e^-x^2.
+// Within 5e-7 in float32 (1.5e-7 in exact arithmetic): Abramowitz and Stegun, "Handbook of Mathematical
+// Functions", 7.1.26. `gauss` is e^-x^2.
 inline Vec erf(Vec x, Vec gauss) {
   const Vec t = 1.0f / (1.0f + 0.3275911f * abs(x));
   Vec p = splat(1.061405429f);

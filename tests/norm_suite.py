@@ -248,7 +248,12 @@ class NormSuite:
         @settings(max_examples=40, deadline=None)
         def holds(leading, width, layout, grad_layout, dtypes, parameters):
             args = self.args((*leading, width), dtypes[0], dtypes[1] if parameters else None, layout=layout)
-            self.check(args, grad_layout=grad_layout)
+            # Of a constant gradient nothing is left but the roundings of what is subtracted: g rstd, both of them up to
+            # 4 and more in a row of few or nearly equal elements.
+            x = sum(arg.double() for arg in args[: 1 + self.added])
+            spread = x.var(-1, correction=0) if self.biased else x.square().mean(-1)
+            rstd = float((spread + 1e-5).rsqrt().max()) if spread.numel() else 1.0
+            self.check(args, grad_layout=grad_layout, cancelling=4 * rstd)
 
         holds()
 

@@ -20,6 +20,8 @@ from torch import Tensor
 from fastllm import _ext
 
 NAMES = ("cuda", "triton", "cpu", "torch", "reference")
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What kernels compute; the reference computes every floating dtype."""
 LIBRARY = torch.library.Library("fastllm", "DEF")
 OPS: dict[str, Op] = {}
 """Every registered op by its name in `torch.ops.fastllm`."""
@@ -130,6 +132,11 @@ def _no_kernel(key: str) -> Callable[..., str]:
 
 def _always(*args) -> None:
     return None
+
+
+def autocasts(device: str) -> bool:
+    """Whether an op casts its arguments as torch's would: autocast is on, for a device that has our kernels."""
+    return device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
 
 
 def _without_autocast(run: Callable) -> Callable:

@@ -9,7 +9,6 @@ from fastllm import backends
 from fastllm.ops import _triton
 
 SCORES = "float dropout_p, float scale, SymInt window_left, SymInt window_right, float softcap, bool bottom_right"
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def short(dtype: torch.dtype) -> str:
@@ -26,7 +25,7 @@ def triton_supports(query: Tensor, key: Tensor, value: Tensor, mask_grad: bool, 
         return reason
     if query.device.type == "cpu" and query.dtype == torch.bfloat16:
         return "Triton's interpreter multiplies bfloat16 matrices wrongly"
-    if query.dtype not in KERNEL_DTYPES:
+    if query.dtype not in backends.KERNEL_DTYPES:
         return f"query must be float32, bfloat16 or float16, got {short(query.dtype)}"
     if query.shape[-1] > 256 or value.shape[-1] > 256:
         return f"head sizes go to 256, got {query.shape[-1]} and {value.shape[-1]}"
@@ -203,15 +202,11 @@ def dropout_seed(query: Tensor, dropout_p: float) -> Tensor | None:
     return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=query.device)
 
 
-def autocasts(device: str) -> bool:
-    return device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
-
-
 def autocast(query: Tensor, *others: Tensor) -> list[Tensor]:
     """As torch does for scaled_dot_product_attention: floating tensors in autocast's dtype, where it is on."""
     tensors = [query, *others]
     device = query.device.type if isinstance(query, Tensor) else ""
-    if not autocasts(device):
+    if not backends.autocasts(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return [

@@ -7,11 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from fastllm.backends import Backend, Op, compiled
+from fastllm.backends import KERNEL_DTYPES, Backend, Op, autocasts, compiled
 from fastllm.ops import _triton
 from fastllm.reference import cross_entropy as reference
-
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _supports(logits: Tensor, target: Tensor, weight: Tensor | None) -> str | None:
@@ -46,7 +44,7 @@ def _bwd_in_place_supports(dlse, dpicked, dmean, logits, target, *rest):
 def _fwd_triton(logits, target, weight, softcap, mean):
     if not logits.numel():
         return reference.cross_entropy_fwd(logits, target, weight, softcap, mean)
-    lse, picked, average = outputs = _fwd_fake(logits, target, weight, softcap, mean)
+    lse, picked, average = outputs = empty_stats(logits, mean)
     from fastllm.kernels import cross_entropy as kernels
 
     kernels.cross_entropy_fwd(lse, picked, average if mean else None, _dense(logits), target, softcap)
@@ -82,17 +80,23 @@ def _bwd_in_place_reference(dlse, dpicked, dmean, logits, target, lse, softcap):
     logits.copy_(reference.cross_entropy_bwd(dlse, dpicked, dmean, logits, target, None, lse, softcap))
 
 
-def _fwd_fake(logits, target, weight, softcap, mean):
-    acc = torch.promote_types(logits.dtype, torch.float32)
-    rows = logits.shape[0]
-    return *(logits.new_empty(rows, dtype=acc) for _ in range(2)), logits.new_empty(rows if mean else 0, dtype=acc)
+def empty_stats(x: Tensor, mean: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """lse, picked and mean (empty if it is not asked for) of the rows of `x`, not yet written."""
+    acc, rows = torch.promote_types(x.dtype, torch.float32), x.shape[0]
+    return x.new_empty(rows, dtype=acc), x.new_empty(rows, dtype=acc), x.new_empty(rows if mean else 0, dtype=acc)
+
+
+def upstream(lse: Tensor, dlse: Tensor | None, dpicked: Tensor | None, dmean: Tensor | None):
+    """What autograd hands a backward, as the kernels take it: dense, zeros for what nobody used."""
+    grads = (torch.zeros_like(lse) if grad is None else grad.contiguous() for grad in (dlse, dpicked))
+    return *grads, None if dmean is None else dmean.contiguous()
 
 
 stats_fwd = Op(
     "cross_entropy_fwd(Tensor logits, Tensor target, Tensor? weight, float softcap, bool mean) "
     "-> (Tensor, Tensor, Tensor)",
     reference=reference.cross_entropy_fwd,
-    fake=_fwd_fake,
+    fake=lambda logits, target, weight, softcap, mean: empty_stats(logits, mean),
     backends=(Backend("triton", _triton.supports(_fwd_supports), _fwd_triton), compiled("CPU", _fwd_supports)),
 )
 stats_bwd = Op(
@@ -167,7 +171,6 @@ def row_losses(
     stats: tuple[Tensor, Tensor, Tensor | None],
     target: Tensor,
     weight: Tensor | None,
-    classes: int,
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
@@ -203,7 +206,5 @@ def reduced(rows: Tensor, count: Tensor | float, reduction: str, num_valid: floa
 
 def loss_dtype(input: Tensor) -> torch.dtype:
     """torch's: the input's, but float32 under autocast."""
-    device = input.device.type
     short = input.dtype in (torch.bfloat16, torch.float16)
-    autocasts = short and device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
-    return torch.float32 if autocasts else input.dtype
+    return torch.float32 if short and autocasts(input.device.type) else input.dtype

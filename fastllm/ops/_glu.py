@@ -7,10 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastllm.backends import Backend, compiled
+from fastllm.backends import KERNEL_DTYPES, Backend, compiled
 from fastllm.ops import _triton
-
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def checked(name: str, gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor | None]:

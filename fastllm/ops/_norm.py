@@ -7,9 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastllm.backends import Backend, compiled
-
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from fastllm.backends import KERNEL_DTYPES, Backend, compiled
 
 
 def kernels(x: int, *parameters: int) -> tuple[Backend, ...]:

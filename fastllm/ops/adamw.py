@@ -8,34 +8,32 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastllm.backends import LIBRARY, Op, compiled
+from fastllm.backends import KERNEL_DTYPES, LIBRARY, Op, compiled
 from fastllm.reference import adamw as reference
-
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _norm_supports(grads: Sequence[Tensor]) -> str | None:
     for grad in grads:
-        if grad.dtype not in _KERNEL_DTYPES:
+        if grad.dtype not in KERNEL_DTYPES:
             return f"computes float32, bfloat16 and float16 gradients, not {grad.dtype}"
     return None
 
 
 def _supports(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], *_) -> str | None:
     for param, grad, exp_avg in zip(params, grads, exp_avgs, strict=True):
-        if param.dtype not in _KERNEL_DTYPES:
+        if param.dtype not in KERNEL_DTYPES:
             return f"computes float32, bfloat16 and float16 parameters, not {param.dtype}"
-        if grad.dtype not in _KERNEL_DTYPES:
+        if grad.dtype not in KERNEL_DTYPES:
             return f"computes float32, bfloat16 and float16 gradients, not {grad.dtype}"
-        if exp_avg.dtype not in (*_KERNEL_DTYPES, torch.uint8):
+        if exp_avg.dtype not in (*KERNEL_DTYPES, torch.uint8):
             return f"computes moments of float32, bfloat16, float16 and 8 bits, not {exp_avg.dtype}"
     return None
 
 
 _CUDA_MIXES = (
     # parameter, gradient, moments; these are compiled in csrc/cuda/adamw.cu
-    *((dtype, dtype, dtype) for dtype in _KERNEL_DTYPES),
-    *((dtype, dtype, torch.uint8) for dtype in _KERNEL_DTYPES),
+    *((dtype, dtype, dtype) for dtype in KERNEL_DTYPES),
+    *((dtype, dtype, torch.uint8) for dtype in KERNEL_DTYPES),
     (torch.bfloat16, torch.bfloat16, torch.float32),
     (torch.float16, torch.float16, torch.float32),
     (torch.bfloat16, torch.float32, torch.float32),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastllm.backends import Backend, Op
+from fastllm.backends import Backend, Op, autocasts
 from fastllm.ops import _attention, _sdpa
 from fastllm.ops.attention import attention
 from fastllm.reference import attention_kvcache as reference
@@ -122,7 +122,7 @@ def attention_kvcache(
             fit.
     """
     name = "attention_kvcache"
-    if isinstance(q, Tensor) and isinstance(k_cache, Tensor) and _attention.autocasts(q.device.type):
+    if isinstance(q, Tensor) and isinstance(k_cache, Tensor) and autocasts(q.device.type):
         q = q.to(k_cache.dtype)
         k, v = (x.to(k_cache.dtype) if isinstance(x, Tensor) else x for x in (k, v))
         with torch.autocast(q.device.type, enabled=False):

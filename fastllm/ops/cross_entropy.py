@@ -24,22 +24,21 @@ class _Stats(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dlse, dpicked, dmean):
         logits, target, weight, lse = ctx.saved_tensors
-        grads = [torch.zeros_like(lse) if grad is None else grad.contiguous() for grad in (dlse, dpicked)]
-        dmean = None if dmean is None else dmean.contiguous()
+        dlse, dpicked, dmean = _cross_entropy.upstream(lse, dlse, dpicked, dmean)
         dlogits = dtarget = None
         if ctx.needs_input_grad[1]:  # before the logits are overwritten
             acc = lse.dtype
-            dtarget = grads[1][:, None] * reference.cap(logits.to(acc), ctx.softcap)
+            dtarget = dpicked[:, None] * reference.cap(logits.to(acc), ctx.softcap)
             dtarget = (dtarget if weight is None else dtarget * weight.to(acc)).to(target.dtype)
         # A compiled graph knows no versions: nobody would be told that the logits are gone.
         inplace = ctx.inplace and ctx.needs_input_grad[0] and not torch.compiler.is_compiling()
         plain = weight is None and not target.is_floating_point()
         if inplace and plain and _cross_entropy.writable(logits):
-            _cross_entropy.stats_bwd_in_place(*grads, dmean, logits, target, lse, ctx.softcap)
+            _cross_entropy.stats_bwd_in_place(dlse, dpicked, dmean, logits, target, lse, ctx.softcap)
             torch.autograd.graph.increment_version(logits)  # whoever saved them for another backward gets an error
             dlogits = logits.detach()
         elif ctx.needs_input_grad[0]:
-            dlogits = _cross_entropy.stats_bwd(*grads, dmean, logits, target, weight, lse, ctx.softcap)
+            dlogits = _cross_entropy.stats_bwd(dlse, dpicked, dmean, logits, target, weight, lse, ctx.softcap)
         return dlogits, dtarget, None, None, None, None
 
 
@@ -130,7 +129,7 @@ def cross_entropy(
         _cross_entropy.check_target(name, target, classes, ignore_index)
     inner = weight if probabilities or label_smoothing else None
     stats = _Stats.apply(logits, target, inner, float(softcap), label_smoothing > 0, inplace)
-    rows, count = _cross_entropy.row_losses(stats, target, weight, classes, ignore_index, label_smoothing, z_loss)
+    rows, count = _cross_entropy.row_losses(stats, target, weight, ignore_index, label_smoothing, z_loss)
     return _cross_entropy.reduced(rows.reshape(shape), count, reduction, num_valid).to(
         _cross_entropy.loss_dtype(input) if dtype is None else dtype
     )

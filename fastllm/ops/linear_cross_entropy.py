@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from fastllm.backends import Backend, Op
-from fastllm.ops import _attention, _triton, _vocab_parallel
+from fastllm.backends import KERNEL_DTYPES, Backend, Op, autocasts
 from fastllm.ops import _cross_entropy as _ce
+from fastllm.ops import _triton, _vocab_parallel
 from fastllm.reference import linear_cross_entropy as reference
 
 
 def _reason(input: Tensor, weight: Tensor) -> str | None:
-    if input.dtype not in _ce.KERNEL_DTYPES:
+    if input.dtype not in KERNEL_DTYPES:
         return f"computes float32, bfloat16 and float16, not {input.dtype}"
     return None
 
@@ -55,13 +55,19 @@ def _chunks(input: Tensor, weight: Tensor, bias: Tensor | None, size: int) -> It
 
 
 def _fwd(input, weight, bias, target, softcap, mean, chunk_size):
-    outputs = _fwd_fake(input, weight, bias, target, softcap, mean, chunk_size)
+    outputs = _ce.empty_stats(input, mean)
     for rows, logits in _chunks(input, weight, bias, chunk_size):
-        parts = _ce.stats_fwd(logits, target[rows], None, softcap, mean)
-        for output, part in zip(outputs, parts, strict=True):
-            if output.numel():
-                output[rows] = part
+        _stats(outputs, rows, logits, target, softcap, mean)
     return outputs
+
+
+def _stats(outputs, rows, logits, target, softcap, mean) -> Tensor:
+    """Writes a chunk's part of the outputs; returns its lse."""
+    parts = _ce.stats_fwd(logits, target[rows], None, softcap, mean)
+    for output, part in zip(outputs, parts, strict=True):
+        if output.numel():
+            output[rows] = part
+    return parts[0]
 
 
 class _Gradients:
@@ -111,22 +117,14 @@ def _bwd(dlse, dpicked, dmean, input, weight, bias, target, lse, softcap, chunk_
 
 def _fwd_bwd(input, weight, bias, target, scale, label_smoothing, z_loss, softcap, chunk_size, wanted):
     mean = label_smoothing > 0
-    outputs = _fwd_fake(input, weight, bias, target, softcap, mean, chunk_size)
+    outputs = _ce.empty_stats(input, mean)
     grads = _Gradients(input, weight, bias, wanted)
     for rows, logits in _chunks(input, weight, bias, chunk_size):
-        parts = lse, _, _ = _ce.stats_fwd(logits, target[rows], None, softcap, mean)
-        for output, part in zip(outputs, parts, strict=True):
-            if output.numel():
-                output[rows] = part
+        lse = _stats(outputs, rows, logits, target, softcap, mean)
         upstream = reference.loss_gradients(scale[rows], lse, label_smoothing, z_loss)
         _ce.stats_bwd_in_place(*upstream, logits, target[rows], lse, softcap)
         grads.add(logits, rows)
     return *outputs, *grads.result()
-
-
-def _fwd_fake(input, weight, bias, target, softcap, mean, chunk_size):
-    acc, rows = torch.promote_types(input.dtype, torch.float32), input.shape[0]
-    return *(input.new_empty(rows, dtype=acc) for _ in range(2)), input.new_empty(rows if mean else 0, dtype=acc)
 
 
 def _grads_fake(input, weight, bias, wanted):
@@ -141,7 +139,7 @@ _fwd_op = Op(
     "linear_cross_entropy_fwd(Tensor input, Tensor weight, Tensor? bias, Tensor target, float softcap, bool mean, "
     "SymInt chunk_size) -> (Tensor, Tensor, Tensor)",
     reference=reference.linear_cross_entropy_fwd,
-    fake=_fwd_fake,
+    fake=lambda input, weight, bias, target, softcap, mean, chunk_size: _ce.empty_stats(input, mean),
     backends=_backends(lambda input, weight, *rest: _reason(input, weight), _fwd),
 )
 _bwd_op = Op(
@@ -159,7 +157,7 @@ _fwd_bwd_op = Op(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=reference.linear_cross_entropy_fwd_bwd,
     fake=lambda input, weight, bias, target, scale, label_smoothing, z_loss, softcap, chunk_size, wanted: (
-        *_fwd_fake(input, weight, bias, target, softcap, label_smoothing > 0, chunk_size),
+        *_ce.empty_stats(input, label_smoothing > 0),
         *_grads_fake(input, weight, bias, wanted),
     ),
     backends=_backends(lambda input, weight, *rest: _reason(input, weight), _fwd_bwd),
@@ -181,10 +179,9 @@ class _LinearStats(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dlse, dpicked, dmean):
         *saved, lse = ctx.saved_tensors
-        grads = [torch.zeros_like(lse) if grad is None else grad.contiguous() for grad in (dlse, dpicked)]
-        dmean = None if dmean is None else dmean.contiguous()
+        grads = _ce.upstream(lse, dlse, dpicked, dmean)
         wanted = list(ctx.needs_input_grad[:3])
-        found = _bwd_op(*grads, dmean, *saved, lse, *ctx.rest, wanted)
+        found = _bwd_op(*grads, *saved, lse, *ctx.rest, wanted)
         return *(grad if want else None for grad, want in zip(found, wanted, strict=True)), *(None,) * 4
 
 
@@ -282,7 +279,7 @@ def linear_cross_entropy(
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: {label} must be a tensor, got {type(tensor).__name__}")
     dtype = _ce.loss_dtype(input) if dtype is None else dtype
-    if _attention.autocasts(input.device.type) and input.dtype != torch.float64:  # as torch's linear
+    if autocasts(input.device.type) and input.dtype != torch.float64:  # as torch's linear
         short = torch.get_autocast_dtype(input.device.type)
         input, linear_weight = input.to(short), linear_weight.to(short)
         linear_bias = None if linear_bias is None else linear_bias.to(short)
@@ -329,7 +326,7 @@ def linear_cross_entropy(
         x = _vocab_parallel.replicated(x, process_group)
         stats = _LinearStats.apply(x, linear_weight, linear_bias, y - start, softcap, label_smoothing > 0, chunk)
         stats = _vocab_parallel.combined(stats, linear_weight.shape[0] / classes, process_group)
-    rows, count = _ce.row_losses(stats, y, weight, classes, ignore_index, label_smoothing, z_loss)
+    rows, count = _ce.row_losses(stats, y, weight, ignore_index, label_smoothing, z_loss)
     loss = _ce.reduced(rows.reshape(shape), count, reduction, num_valid).to(dtype)
     if not return_logprobs:
         return loss

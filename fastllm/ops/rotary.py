@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastllm.backends import Backend, Op, compiled
+from fastllm.backends import KERNEL_DTYPES, Backend, Op, compiled
 from fastllm.ops import _attention, _triton
 from fastllm.reference import rotary as reference
-
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _supports(q, k, cos, sin, *rest) -> str | None:

@@ -72,6 +72,7 @@ class Case:
         target: for the reader: what is aimed at.
         kwargs: fastllm's keyword arguments; the rivals know theirs.
         call: what is timed as fastllm, where that is not the op itself.
+        checked: what is compared instead of the op and eager: with dropout they draw different masks.
         check: draws the arguments that correctness is checked on, where those of `args` are too large for float64.
         inference: the op has no gradient.
         overwrites: `call` writes into its arguments, which are restored before each turn.
@@ -92,6 +93,7 @@ class Case:
     target: str = ""
     kwargs: dict[str, Any] = field(default_factory=dict)
     call: Callable | None = None
+    checked: tuple[Callable, Callable] | None = None
     check: Callable[[], tuple] | None = None
     inference: bool = False
     overwrites: bool = False
@@ -201,7 +203,8 @@ class Race:
         op = case.call or getattr(ops, case.op)
         op = functools.partial(op, **case.kwargs) if case.kwargs else op
         check = check_outputs if case.inference else check_op
-        check(_on_copies(op), case.rivals["eager"], args if case.check is None else case.check())
+        ours, stock = case.checked or (op, case.rivals["eager"])
+        check(_on_copies(ours), stock, args if case.check is None else case.check())
         rivals = dict(case.rivals)
         if case.compiled:
             rivals["torch.compile"] = torch.compile(case.rivals["eager"], fullgraph=True, dynamic=False)

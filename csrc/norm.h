@@ -1,6 +1,6 @@
 // The host side that the norms' CPU and CUDA kernels have in common: what a device implements, and over it the ops
-// layer_norm, rms_norm, add_layer_norm and add_rms_norm as fastllm/ops/ declares them. x is the sum where a residual
-// was added.
+// layer_norm, rms_norm, add_layer_norm and add_rms_norm as fastllm/ops/ declares them; with dropout before the
+// addition, in cpu/dropout_norm.h. x is the sum where a residual was added.
 #pragma once
 
 #include "norm_args.h"
@@ -17,6 +17,7 @@ struct NormFwdOut {
 
 struct NormBwdOut {
   Tensor dx, dweight, dbias;  // dweight and dbias are empty where no gradient was asked for
+  Tensor dbranch;             // only with dropout
 };
 
 // x's like: residual, dy, dsum. Statistics: mean, rstd. Parameters: weight, bias.
@@ -52,7 +53,8 @@ inline NormFwdOut norm_fwd(
     const MaybeTensor& residual,
     const MaybeTensor& weight,
     const MaybeTensor& bias,
-    double eps) {
+    double eps,
+    const Dropout& dropout = {}) {
   check_rows("residual", residual, x);
   check_parameter("weight", weight, x);
   check_parameter("bias", bias, x);
@@ -76,6 +78,7 @@ inline NormFwdOut norm_fwd(
   a.n = x.size(x.dim() - 1);
   a.rows = x.numel() / a.n;
   a.eps = static_cast<float>(eps);
+  a.dropout = dropout;
   a.x = x_rows.data();
   a.x_stride = x_rows.stride;
   if (residual.has_value()) {
@@ -101,7 +104,8 @@ inline NormBwdOut norm_bwd(
     const MaybeTensor& weight,
     const MaybeTensor& bias,
     bool weight_grad,
-    bool bias_grad) {
+    bool bias_grad,
+    const std::optional<Dropout>& dropout = std::nullopt) {
   check_rows("dy", dy, x);
   check_rows("dsum", dsum, x);
   check_statistic("mean", mean, x);
@@ -111,6 +115,9 @@ inline NormBwdOut norm_bwd(
   const int64_t n = x.size(x.dim() - 1);
   NormBwdOut out;
   out.dx = new_output(x);
+  if (dropout) {
+    out.dbranch = new_output(x);
+  }
   auto parameter_grad = [&](const MaybeTensor& parameter, bool wanted) {
     return empty_vector(x, parameter && wanted ? n : 0, parameter ? parameter->scalar_type() : x.scalar_type());
   };
@@ -142,6 +149,10 @@ inline NormBwdOut norm_bwd(
   a.mean = centered ? static_cast<const float*>(mean_dense.const_data_ptr()) : nullptr;
   a.rstd = static_cast<const float*>(rstd_dense.const_data_ptr());
   a.dx = out.dx.mutable_data_ptr();
+  if (dropout) {
+    a.dropout = *dropout;
+    a.dbranch = out.dbranch.mutable_data_ptr();
+  }
   run_norm_bwd(a, x, weight, out);
   return out;
 }

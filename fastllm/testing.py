@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 
 from fastllm import backends
+from fastllm.ops._dropout import dropout_seed
+from fastllm.reference._dropout import dropped
 
 ODD_SIZES = (1, 3, 127, 129, 1000)
 """Sizes beside those that vectors, warps and blocks like."""
@@ -79,6 +81,24 @@ def make(
     raise ValueError(f"make: unknown layout {layout!r}; known are {', '.join(LAYOUTS)}")
 
 
+def seeded(op: Callable, seed: int = 0) -> Callable:
+    """`op` behind torch.manual_seed(seed), so that its dropout is that of `dropout_factors`."""
+
+    @functools.wraps(op)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        torch.manual_seed(seed)
+        return op(*args, **kwargs)
+
+    return call
+
+
+def dropout_factors(x: Tensor, p: float, seed: int = 0) -> Tensor:
+    """What a `seeded` norm behind dropout multiplies x (..., N) by: 0 or 1 / (1 - p), in float32."""
+    torch.manual_seed(seed)
+    ones, key = torch.ones_like(x, dtype=torch.float32), dropout_seed(x, p)
+    return ones if key is None else dropped(ones, key, p)
+
+
 @contextlib.contextmanager
 def poisoned_allocations() -> Iterator[None]:
     """Fills every tensor that is allocated inside and not initialized with NaN (integers: the largest value).
@@ -109,6 +129,8 @@ _SAMPLES: dict[str, Callable[[Callable[..., Tensor]], tuple[tuple, dict[str, Any
     "rms_norm": functools.partial(_norm_sample, added=False, biased=False),
     "add_layer_norm": functools.partial(_norm_sample, added=True, biased=True),
     "add_rms_norm": functools.partial(_norm_sample, added=True, biased=False),
+    "dropout_add_layer_norm": functools.partial(_norm_sample, added=True, biased=True),
+    "dropout_add_rms_norm": functools.partial(_norm_sample, added=True, biased=False),
 }
 
 

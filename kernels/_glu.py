@@ -70,14 +70,8 @@ def config(n: int) -> Config:
     return Config({"BLOCK": block}, 1 if _utils.interpreted() else max(1, block // 512), 1)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """(rows, n) with dense rows: a view, or a copy where there is none."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
-
-
 def fwd(kind: int, y: Tensor, gate: Tensor, up: Tensor) -> None:
-    gate, up = _rows(gate), _rows(up)
+    gate, up = _utils.rows(gate), _utils.rows(up)
     rows, n = gate.shape
     chosen = config(n)
     pieces = triton.cdiv(n, chosen.blocks["BLOCK"])
@@ -88,7 +82,7 @@ def fwd(kind: int, y: Tensor, gate: Tensor, up: Tensor) -> None:
 
 
 def bwd(kind: int, d: Tensor, dy: Tensor, gate: Tensor, up: Tensor) -> None:
-    dy, gate, up = _rows(dy), _rows(gate), _rows(up)
+    dy, gate, up = _utils.rows(dy), _utils.rows(gate), _utils.rows(up)
     rows, n = gate.shape
     chosen = config(n)
     pieces = triton.cdiv(n, chosen.blocks["BLOCK"])

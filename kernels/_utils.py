@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import triton
+from torch import Tensor
 
 LOG2E = 1.4426950408889634
 
@@ -61,10 +62,16 @@ def precision(dtype: torch.dtype) -> str:
         return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
 
 
+def rows(x: Tensor) -> Tensor:
+    """(rows, n) with dense rows: a view, or a copy where there is none."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
 def launch(kernel, grid: tuple[int, ...], config: Config, **args) -> None:
     """Starts `kernel` on the tensors' device, on its current stream. Floating-point fusion is asked for by name:
     Triton's default changes."""
-    with torch.cuda.device_of(next(arg for arg in args.values() if isinstance(arg, torch.Tensor))):
+    with torch.cuda.device_of(next(arg for arg in args.values() if isinstance(arg, Tensor))):
         kernel[grid](**args, **config.blocks, num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True)
 
 

@@ -6,6 +6,7 @@ the interpreter cuts what should be rounded to it.
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -29,12 +30,17 @@ if not INSIDE:
         assert "skipped" not in result.stdout
 
 else:
+    import bindings
+    import dropout_norm_suite
     import test_cross_entropy
+    import test_dropout_add_layer_norm
+    import test_dropout_add_rms_norm
     import test_geglu
     import test_linear_cross_entropy as linear
     import test_rotary
     import test_swiglu
 
+    import fastllm
     from fastllm import ops
     from fastllm.testing import LAYOUTS, make, poisoned_allocations
 
@@ -98,6 +104,33 @@ else:
                 suite.check(*(make((2, 3, 33), seed=i) for i in range(2)), grad_layout=layout, **kwargs)
             suite.check(make((3, 133)) * 30, make((3, 133), seed=1), **kwargs)
         suite.test_every_element_is_written()
+
+    DROPOUT_NORMS = [
+        test_dropout_add_layer_norm.TestDropoutAddLayerNorm(),
+        test_dropout_add_rms_norm.TestDropoutAddRMSNorm(),
+    ]
+
+    @pytest.mark.parametrize("suite", DROPOUT_NORMS, ids=lambda suite: suite.name)
+    def test_norms_behind_dropout(suite):
+        for dtype, parameters in itertools.product(DTYPES, (*DTYPES, None)):
+            for shape in ((2, 3, 33), (5, 128), (3, 129), (2, 1000), (9, 1)):
+                suite.check(suite.args(shape, dtype, parameters))
+        for layout in LAYOUTS:
+            suite.check(suite.args((3, 5, 64), layout=layout), grad_layout="contiguous")
+            suite.check(suite.args((3, 5, 64)), grad_layout=layout)
+        suite.check(suite.args((2, 8192)))
+        suite.check(suite.args((40, 8)))  # more rows than programs
+        suite.test_gradients_only_where_asked_for()
+        suite.test_no_gradient_of_the_norm_where_only_the_sum_was_used()
+        suite.test_everything_dropped("triton")
+        for shape in ((0, 8), (3, 0)):
+            suite.test_empty(f"cpu-{bindings.ISAS[0]}", shape)
+        for layout in ("contiguous", "strided"):
+            x = make((5, 1001), layout=layout).abs() + 1
+            total = suite.op(x, torch.zeros_like(x), (1001,))[1]
+            assert torch.equal(total, x * dropout_norm_suite.factors(x))
+        with pytest.raises(fastllm.BackendUnavailable, match="rows of up to 8,192 elements, got 8,193"):
+            suite.op(*suite.args((2, 8193)))
 
     @pytest.mark.parametrize("interleaved", [False, True])
     def test_rotary_everywhere(interleaved):

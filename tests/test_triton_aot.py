@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -39,6 +41,18 @@ def gated_activations() -> None:
             geglu.geglu_bwd(packed, y, gate, up, tanh)
 
 
+def dropout_norms() -> None:
+    from fastllm.kernels import _dropout_norm as kernels
+
+    for n, dtype in itertools.product((1000, 2048, 8192), (torch.float32, torch.bfloat16)):
+        x, parameter, statistic = _empty(4096, n, dtype=dtype), _empty(n), _empty(4096, dtype=torch.float32)
+        seed = _empty(1, dtype=torch.int64)
+        for mean, bias in ((statistic, parameter), (None, None)):
+            kernels.fwd(x, x, mean, statistic, x, x, parameter, bias, seed, 0.1, 1e-5)
+            dbias = parameter[:0] if bias is None else bias
+            kernels.bwd(x, x, parameter, dbias, x, x, x, mean, statistic, parameter, seed, 0.1)
+
+
 def rotary() -> None:
     from fastllm.kernels import rotary as kernels
 
@@ -51,14 +65,20 @@ def rotary() -> None:
             kernels.rotary(q, k, q, k, table, table, positions, interleaved, True)
 
 
-@pytest.mark.parametrize("launcher", [cross_entropy, gated_activations, rotary])
+# In bytes. A LayerNorm's row of 8,192 beside its parts of dw and db fills all 128 registers of 16 warps; with 32 warps
+# of 64 registers 8 to 40 bytes are spilled, and in any other order of the loads as many as now. sm_100: Triton 3.9 in
+# bfloat16; the others: Triton 3.6 in float32.
+SPILLS = {(target, "_dropout_norm_bwd_kernel", "8192 w16 s1"): 8 for target in ("sm_90", "sm_100", "sm_120")}
+
+
+@pytest.mark.parametrize("launcher", [cross_entropy, dropout_norms, gated_activations, rotary])
 @pytest.mark.parametrize("target", TARGETS)
 def test_resources(launcher, target, capsys):
     seen = set()
     for launch in record(target, launcher):
         found = compile(launch, target)
         line = f"{target:<7} {launch.kernel.__name__:<32} {launch.config!s:<14} registers {found.registers:>3}"
-        assert found.spills == 0, line
+        assert found.spills <= SPILLS.get((target, launch.kernel.__name__, str(launch.config)), 0), line
         assert found.shared <= SHARED_LIMIT[target], line
         seen.add(line)
     assert len(seen) > 3

@@ -76,7 +76,9 @@ void run_norm_bwd(NormBwd a, const Tensor& x, const MaybeTensor& weight, const N
   std::vector<float> dweight(blocks * out.dweight.numel()), dbias(blocks * out.dbias.numel()), weight_buffer;
   a.weight = as_floats(weight, weight_buffer);
   a.weight_is_float = true;
-  a.streamed = should_stream(a.dx, bytes_of(x), bytes_of(x) / a.rows);
+  const int64_t row_bytes = bytes_of(x) / a.rows;
+  a.streamed = should_stream(a.dx, bytes_of(x), row_bytes) &&
+               (a.dbranch == nullptr || should_stream(a.dbranch, bytes_of(x), row_bytes));
   auto block_of = [&](std::vector<float>& sums, int64_t block) {
     return sums.empty() ? nullptr : sums.data() + block * a.n;
   };

@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(kThreads, 2) adamw_step_kernel(const __grid_co
       random[1] = static_cast<uint32_t>(counter >> 32);
       random[2] = e.index;
       random[3] = static_cast<uint32_t>(s.step);
-      adamw_random<Ops>(random, header.seed);
+      philox<Ops>(random, header.seed);
     }
 
     float new_exp_avg[kVec], new_exp_avg_sq[kVec];

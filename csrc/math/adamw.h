@@ -12,6 +12,7 @@
 #pragma once
 
 #include "macros.h"
+#include "philox.h"
 
 #include <cmath>
 #include <cstdint>
@@ -100,24 +101,9 @@ FASTLLM_HOST_DEVICE void adamw_split(typename Ops::F master, typename Ops::U& we
   remainder = Ops::select(nan, Ops::whole(0u), bits & 0xffffu);
 }
 
-// Philox-4x32-7 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011). One counter serves eight
-// consecutive elements: element e takes half (e % 2) of word (e / 2 % 4) of counter (e / 8, parameter, step).
-template <class Ops>
-FASTLLM_HOST_DEVICE void adamw_random(typename Ops::U (&c)[4], uint64_t seed) {
-  uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
-  for (int round = 0; round < 7; ++round) {
-    const auto high0 = Ops::mul_high(c[0], 0xD2511F53u), high2 = Ops::mul_high(c[2], 0xCD9E8D57u);
-    const auto low0 = c[0] * 0xD2511F53u, low2 = c[2] * 0xCD9E8D57u;
-    c[0] = high2 ^ c[1] ^ key0;
-    c[1] = low2;
-    c[2] = high0 ^ c[3] ^ key1;
-    c[3] = low0;
-    key0 += 0x9E3779B9u;
-    key1 += 0xBB67AE85u;
-  }
-}
-
-// Stochastic rounding: up with the probability of the part that is cut off, out of 16 random bits. Infinities and NaN
+// Stochastic rounding: up with the probability of the part that is cut off, out of 16 random bits. One counter of
+// Philox (philox.h) serves eight consecutive elements: element e takes half (e % 2) of word (e / 2 % 4) of counter
+// (e / 8, parameter, step). Infinities and NaN
 // stay; what would pass the largest finite number becomes infinite.
 template <class Ops>
 FASTLLM_HOST_DEVICE typename Ops::U adamw_round_bfloat16(typename Ops::F x, typename Ops::U random) {

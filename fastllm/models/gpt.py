@@ -207,11 +207,11 @@ def make_norm(config: GPTConfig, width: int) -> nn.Module:
     return module.RMSNorm(width, eps=config.norm_eps)
 
 
-def add_norm(norm: nn.Module, x_BTC: Tensor, residual_BTC: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns (norm(x + residual), x + residual): fused where the norm knows how."""
+def add_norm(norm: nn.Module, x_BTC: Tensor, residual_BTC: Tensor, dropout: float) -> tuple[Tensor, Tensor]:
+    """Returns (norm(sum), sum), sum = dropout(x) + residual: fused where the norm knows how."""
     if isinstance(norm, (fastllm.nn.LayerNorm, fastllm.nn.RMSNorm)):
-        return norm.add(x_BTC, residual_BTC)
-    total_BTC = x_BTC + residual_BTC
+        return norm.add(x_BTC, residual_BTC, dropout)
+    total_BTC = F.dropout(x_BTC, dropout, norm.training) + residual_BTC
     return norm(total_BTC), total_BTC
 
 
@@ -321,7 +321,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm block that hands on what it would add, so that the addition fuses with the next norm."""
+    """A pre-norm block that hands on what it would add, so that dropout and addition fuse with the next norm."""
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -329,7 +329,7 @@ class Block(nn.Module):
         self.attention = Attention(config, layer)
         self.mlp_norm = make_norm(config, config.width)
         self.mlp = MLP(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = config.dropout
 
     def forward(
         self,
@@ -343,10 +343,10 @@ class Block(nn.Module):
         if delta_BTC is None:
             x_BTC = self.attention_norm(residual_BTC)
         else:
-            x_BTC, residual_BTC = add_norm(self.attention_norm, delta_BTC, residual_BTC)
-        delta_BTC = self.dropout(self.attention(x_BTC, rotary, cache, documents))
-        x_BTC, residual_BTC = add_norm(self.mlp_norm, delta_BTC, residual_BTC)
-        return self.dropout(self.mlp(x_BTC)), residual_BTC
+            x_BTC, residual_BTC = add_norm(self.attention_norm, delta_BTC, residual_BTC, self.dropout)
+        delta_BTC = self.attention(x_BTC, rotary, cache, documents)
+        x_BTC, residual_BTC = add_norm(self.mlp_norm, delta_BTC, residual_BTC, self.dropout)
+        return self.mlp(x_BTC), residual_BTC
 
 
 class GPT(nn.Module):
@@ -447,7 +447,7 @@ class GPT(nn.Module):
         for block in self.blocks:
             delta_BTC, residual_BTC = block(delta_BTC, residual_BTC, rotary, cache, documents)
         assert delta_BTC is not None  # there is a block at least
-        x_BTC, _ = add_norm(self.norm, delta_BTC, residual_BTC)
+        x_BTC, _ = add_norm(self.norm, delta_BTC, residual_BTC, self.config.dropout)
         if cache is not None:
             cache.filled = end
         weight_VC = self.embedding.weight if self.head is None else self.head.weight

@@ -14,9 +14,10 @@ class LayerNorm(torch.nn.LayerNorm):
     def forward(self, input: Tensor) -> Tensor:
         return ops.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
-    def add(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns (self(input + residual), input + residual), computed in one pass."""
-        return ops.add_layer_norm(input, residual, self.normalized_shape, self.weight, self.bias, self.eps)
+    def add(self, input: Tensor, residual: Tensor, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Returns (self(sum), sum), sum = input + residual, computed in one pass; in training, `dropout` of input."""
+        parameters = self.normalized_shape, self.weight, self.bias, self.eps
+        return ops.dropout_add_layer_norm(input, residual, *parameters, p=dropout, training=self.training)
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -25,6 +26,7 @@ class RMSNorm(torch.nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         return ops.rms_norm(x, self.normalized_shape, self.weight, self.eps)
 
-    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns (self(x + residual), x + residual), computed in one pass."""
-        return ops.add_rms_norm(x, residual, self.normalized_shape, self.weight, self.eps)
+    def add(self, x: Tensor, residual: Tensor, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Returns (self(sum), sum), sum = x + residual, computed in one pass; in training, `dropout` of x."""
+        parameters = self.normalized_shape, self.weight, self.eps
+        return ops.dropout_add_rms_norm(x, residual, *parameters, p=dropout, training=self.training)

@@ -7,6 +7,8 @@ from fastllm.ops.attention import attention
 from fastllm.ops.attention_kvcache import attention_kvcache
 from fastllm.ops.attention_varlen import attention_varlen
 from fastllm.ops.cross_entropy import cross_entropy
+from fastllm.ops.dropout_add_layer_norm import dropout_add_layer_norm
+from fastllm.ops.dropout_add_rms_norm import dropout_add_rms_norm
 from fastllm.ops.geglu import geglu
 from fastllm.ops.layer_norm import layer_norm
 from fastllm.ops.linear_cross_entropy import linear_cross_entropy
@@ -22,6 +24,8 @@ __all__ = [
     "attention_kvcache",
     "attention_varlen",
     "cross_entropy",
+    "dropout_add_layer_norm",
+    "dropout_add_rms_norm",
     "geglu",
     "layer_norm",
     "linear_cross_entropy",

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastllm import backends
 from fastllm.ops import _triton
+from fastllm.ops._dropout import check_rate
 
 SCORES = "float dropout_p, float scale, SymInt window_left, SymInt window_right, float softcap, bool bottom_right"
 
@@ -160,8 +161,7 @@ def check_extras(
     alibi_slopes: Tensor | None,
 ) -> tuple[float, Tensor | None]:
     """Returns the scale and the slopes, expanded to (sequences, heads)."""
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"{name}: dropout_p must be between 0 and 1, got {dropout_p}")
+    check_rate(name, "dropout_p", dropout_p)
     if not softcap >= 0:
         raise ValueError(f"{name}: softcap must be at least 0 (0 for none), got {softcap}")
     for label, tensor in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
@@ -193,13 +193,6 @@ def apart(first: Tensor, *others: Tensor) -> list[Tensor]:
     for tensor in others:
         found.append(tensor.view_as(tensor) if any(tensor is other for other in found) else tensor)
     return found
-
-
-def dropout_seed(query: Tensor, dropout_p: float) -> Tensor | None:
-    """(1,) int64 from torch's generator of that device, which torch.manual_seed seeds."""
-    if dropout_p == 0:
-        return None
-    return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=query.device)
 
 
 def autocast(query: Tensor, *others: Tensor) -> list[Tensor]:

@@ -1,17 +1,21 @@
-"""What layer_norm, rms_norm, add_layer_norm and add_rms_norm have in common: validation, shapes and autocast."""
+"""What the norms have in common, alone or behind an addition: validation, shapes, autocast, backends."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from fastllm.backends import KERNEL_DTYPES, Backend, compiled
+from fastllm.ops import _triton
+
+LONGEST_WITH_DROPOUT = 8192
+"""Elements of a row, which kernels/_dropout_norm.py holds in registers."""
 
 
-def kernels(x: int, *parameters: int) -> tuple[Backend, ...]:
-    """The C++ backends of an op whose schema has the activation at position `x`, weight (and bias) at `parameters`."""
+def _supports(x: int, *parameters: int) -> Callable[..., str | None]:
+    """For an op whose schema has the activation at position `x`, weight (and bias) at `parameters`."""
 
     def supports(*args) -> str | None:
         for position in (x, *parameters):
@@ -21,7 +25,35 @@ def kernels(x: int, *parameters: int) -> tuple[Backend, ...]:
                 return f"{what} must be float32, bfloat16 or float16, got {str(tensor.dtype).removeprefix('torch.')}"
         return None
 
+    return supports
+
+
+def kernels(x: int, *parameters: int) -> tuple[Backend, ...]:
+    """The C++ backends of an op; positions as `_supports` takes them."""
+    supports = _supports(x, *parameters)
     return compiled("CUDA", supports), compiled("CPU", supports)
+
+
+def dropout_kernels(fake: Callable, launch: Callable, x: int, *parameters: int) -> tuple[Backend, ...]:
+    """The backends of an op with dropout: Triton's, from its launcher launch(outputs, *args), and the CPU's."""
+    supports = _supports(x, *parameters)
+
+    def short_enough(*args) -> str | None:
+        n = args[x].shape[-1]
+        if n > LONGEST_WITH_DROPOUT:
+            return f"computes rows of up to {LONGEST_WITH_DROPOUT:,} elements, got {n:,}"
+        return supports(*args)
+
+    def run(*args):
+        outputs = fake(*args)
+        if args[x].numel():
+            launch(outputs, *args)
+        else:  # the gradients of weight and bias are sums over no rows
+            for output in outputs:
+                output.zero_()
+        return outputs
+
+    return Backend("triton", _triton.supports(short_enough), run), compiled("CPU", supports)
 
 
 def validate(

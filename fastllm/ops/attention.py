@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from fastllm.backends import Backend, Op
 from fastllm.ops import _attention, _sdpa
+from fastllm.ops._dropout import dropout_seed
 from fastllm.reference import attention as reference
 
 
@@ -219,7 +220,7 @@ def attention(
     query, key, value = _attention.apart(query, key, value)
     mask_grad = attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled()
     out, lse = _Attention.apply(
-        query, key, value, attn_mask, sinks, alibi_slopes, _attention.dropout_seed(query, dropout_p), mask_grad,
+        query, key, value, attn_mask, sinks, alibi_slopes, dropout_seed(query, dropout_p), mask_grad,
         return_lse, float(dropout_p), scale, left, right, float(softcap), causal_align == "bottom_right",
     )  # fmt: skip
     return (out, lse) if return_lse else out

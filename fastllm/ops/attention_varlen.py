@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastllm.backends import Backend, Op
 from fastllm.ops import _attention, _sdpa
+from fastllm.ops._dropout import dropout_seed
 from fastllm.reference import attention_varlen as reference
 
 
@@ -218,7 +219,7 @@ def attention_varlen(
     query, key, value = _attention.apart(query, key, value)
     cu_seq_q, cu_seq_k = _attention.apart(cu_seq_q, cu_seq_k)
     out, lse = _AttentionVarlen.apply(
-        query, key, value, cu_seq_q, cu_seq_k, sinks, alibi_slopes, _attention.dropout_seed(query, dropout_p),
+        query, key, value, cu_seq_q, cu_seq_k, sinks, alibi_slopes, dropout_seed(query, dropout_p),
         return_lse, max_q, max_k, float(dropout_p), scale, left, right, float(softcap), True,
     )  # fmt: skip
     return (out, lse) if return_lse else out

@@ -15,19 +15,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastllm.reference._philox import philox
+from fastllm.reference._philox import keep_scale, kept, philox
 
 
 def dropout(seed: Tensor, rate: float, batch: int, heads: int, seq_q: int, seq_k: int, first_batch: int = 0) -> Tensor:
-    """Z, (batch, heads, seq_q, seq_k): kept where 24 random bits reach rate * 2^24."""
+    """Z, (batch, heads, seq_q, seq_k)."""
 
     def count(n: int) -> Tensor:
         return torch.arange(n, device=seed.device)
 
     i, j = count(seq_q)[:, None], count(seq_k)[None, :]
     row = (first_batch + count(batch)[:, None]) * heads + count(heads)
-    kept = philox(seed, i, j, row[..., None, None], torch.zeros_like(j))[0] >> 8 >= round(rate * 2**24)
-    return kept * (1 / (1 - rate) if rate < 1 else 0.0)
+    return kept(philox(seed, i, j, row[..., None, None], torch.zeros_like(j))[0], rate) * keep_scale(rate)
 
 
 def visible(seq_q: int, seq_k: int, left: int, right: int, bottom_right: bool, device) -> Tensor:

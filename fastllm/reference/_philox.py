@@ -29,3 +29,13 @@ def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tupl
         c0, c1, c2, c3 = high_b ^ c1 ^ k0, low_b, high_a ^ c3 ^ k1, low_a
         k0, k1 = (k0 + 0x9E3779B9) & LOW, (k1 + 0xBB67AE85) & LOW
     return c0, c1, c2, c3
+
+
+def kept(word: Tensor, rate: float) -> Tensor:
+    """What dropout keeps: where 24 random bits reach rate * 2^24."""
+    return word >> 8 >= round(rate * 2**24)
+
+
+def keep_scale(rate: float) -> float:
+    """What dropout multiplies by that which it keeps."""
+    return 1 / (1 - rate) if rate < 1 else 0.0

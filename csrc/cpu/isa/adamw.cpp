@@ -14,7 +14,6 @@ namespace {
 constexpr int64_t kAhead = 512;
 
 typedef uint8_t VecU8 __attribute__((vector_size(kLanes)));
-typedef uint64_t VecU64 __attribute__((vector_size(8 * kLanes)));
 
 // The operations that math/adamw.h asks for.
 struct Ops {
@@ -81,7 +80,7 @@ struct Ops {
     return __builtin_convertvector((VecI32)a, F);
   }
   static U mul_high(U a, uint32_t b) {
-    return __builtin_convertvector((__builtin_convertvector(a, VecU64) * b) >> 32, U);
+    return fastllm::FASTLLM_ISA::mul_high(a, b);
   }
 };
 
@@ -268,7 +267,7 @@ void fill_random(uint16_t (&random)[kAdamwBlock], uint64_t seed, uint32_t parame
         Ops::whole(static_cast<uint32_t>(counter >> 32)),
         Ops::whole(parameter),
         Ops::whole(static_cast<uint32_t>(step))};
-    adamw_random<Ops>(c, seed);
+    philox<Ops>(c, seed);
     for (int i = 0; i < kLanes; ++i) {
       for (int word = 0; word < 4; ++word) {
         words[(e / 8 + i) * 4 + word] = c[word][i];

@@ -2,6 +2,7 @@
 // pass, which would leave the memory idle but for what it writes, fetches the next row.
 #include "../norm_rows.h"
 #include "../../math/norm.h"
+#include "../../math/philox.h"
 #include "vec.h"
 
 namespace fastllm::FASTLLM_ISA {
@@ -9,6 +10,49 @@ namespace fastllm::FASTLLM_ISA {
 namespace {
 
 constexpr int64_t kBlock = 2048;  // elements summed before they are added to the row's total
+
+struct RandomOps {
+  using U = VecU32;
+  static U mul_high(U a, uint32_t b) {
+    return fastllm::FASTLLM_ISA::mul_high(a, b);
+  }
+};
+
+constexpr int64_t kGroup = 4 * kLanes;  // elements that a vector of counters serves
+
+// What each of the elements [start, start + count) of a row is multiplied by: dropout's scale, or zero.
+void fill_factors(
+    float (&factors)[kBlock + kGroup], const Dropout& dropout, int64_t row, int64_t start, int64_t count) {
+  VecU32 lane;
+  for (int i = 0; i < kLanes; ++i) {
+    lane[i] = i;
+  }
+  const VecU32 zero = {};
+  for (int64_t e = 0; e < count; e += kGroup) {
+    VecU32 c[4] = {
+        lane + static_cast<uint32_t>((start + e) / 4),
+        zero + static_cast<uint32_t>(row),
+        zero + static_cast<uint32_t>(row >> 32),
+        zero};
+    philox<RandomOps>(c, dropout.seed);
+    Vec word[4];
+    for (int i = 0; i < 4; ++i) {
+      word[i] = (c[i] >> 8) >= dropout.threshold ? splat(dropout.scale) : Vec{};
+    }
+    // Element 4 i + j of the group is word j of lane i.
+    const Vec even0 = interleave(word[0], word[2], 0), even1 = interleave(word[0], word[2], 1);
+    const Vec odd0 = interleave(word[1], word[3], 0), odd1 = interleave(word[1], word[3], 1);
+    store(factors + e, interleave(even0, odd0, 0));
+    store(factors + e + kLanes, interleave(even0, odd0, 1));
+    store(factors + e + 2 * kLanes, interleave(even1, odd1, 0));
+    store(factors + e + 3 * kLanes, interleave(even1, odd1, 1));
+  }
+}
+
+// Whatever is dropped is zero, an infinity too.
+inline Vec dropped(Vec x, Vec factor) {
+  return factor == 0.0f ? Vec{} : x * factor;
+}
 
 template <bool kCentered, class T>
 void fwd_rows(const NormFwd& a, int64_t begin, int64_t end) {
@@ -46,9 +90,21 @@ void fwd_rows(const NormFwd& a, int64_t begin, int64_t end) {
     if (a.residual != nullptr) {
       const T* residual = static_cast<const T*>(a.residual) + row * a.residual_stride;
       T* total = static_cast<T*>(a.sum) + row * n;
-      for_each_vector(0, n, [&](int64_t i, auto... count) {
-        store(total + i, load(x + i, count...) + load(residual + i, count...), count...);
-      });
+      if (a.dropout.threshold > 0) {
+        float factors[kBlock + kGroup];
+        for (int64_t start = 0; start < n; start += kBlock) {
+          const int64_t stop = start + kBlock < n ? start + kBlock : n;
+          fill_factors(factors, a.dropout, row, start, stop - start);
+          for_each_vector(start, stop, [&](int64_t i, auto... count) {
+            const Vec branch = dropped(load(x + i, count...), load(factors + i - start));
+            store(total + i, branch + load(residual + i, count...), count...);
+          });
+        }
+      } else {
+        for_each_vector(0, n, [&](int64_t i, auto... count) {
+          store(total + i, load(x + i, count...) + load(residual + i, count...), count...);
+        });
+      }
       x = total;
     }
 
@@ -127,7 +183,7 @@ void bwd_rows(const NormBwd& a, int64_t begin, int64_t end, float* dweight, floa
     const int64_t next = row + 1 < end ? row + 1 : row;
     const T* next_dy = static_cast<const T*>(a.dy) + next * a.dy_stride;
     const T* next_x = static_cast<const T*>(a.x) + next * a.x_stride;
-    for_each_vector(0, n, [&](int64_t i, auto... count) {
+    auto write_dx = [&](int64_t i, const float* factor, auto... count) {
       prefetch(next_dy + i);
       prefetch(next_x + i);
       const Vec d = load(dy + i, count...);
@@ -138,7 +194,20 @@ void bwd_rows(const NormBwd& a, int64_t begin, int64_t end, float* dweight, floa
         out = out + load(dsum + i, count...);
       }
       store_output(dx + i, out, a.streamed, count...);
-    });
+      if (factor != nullptr) {
+        store_output(static_cast<T*>(a.dbranch) + row * n + i, dropped(out, load(factor)), a.streamed, count...);
+      }
+    };
+    if (a.dbranch == nullptr) {
+      for_each_vector(0, n, [&](int64_t i, auto... count) { write_dx(i, nullptr, count...); });
+      continue;
+    }
+    float factors[kBlock + kGroup];
+    for (int64_t start = 0; start < n; start += kBlock) {
+      const int64_t stop = start + kBlock < n ? start + kBlock : n;
+      fill_factors(factors, a.dropout, row, start, stop - start);
+      for_each_vector(start, stop, [&](int64_t i, auto... count) { write_dx(i, factors + i - start, count...); });
+    }
   }
   stream_fence();
 }

@@ -23,6 +23,7 @@ constexpr int kLanes = 4;
 
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t VecU32 __attribute__((vector_size(4 * kLanes)));
+typedef uint64_t VecU64 __attribute__((vector_size(8 * kLanes)));
 typedef int32_t VecI32 __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t VecU16 __attribute__((vector_size(2 * kLanes)));
 
@@ -35,6 +36,41 @@ struct BFloat16 {
 
 inline Vec splat(float value) {
   return value - Vec{};
+}
+
+// The lanes of a and b in turn, from the lower (0) or upper (1) half of each.
+inline Vec interleave(Vec a, Vec b, int half) {
+  VecI32 order;
+  for (int i = 0; i < kLanes; ++i) {
+    order[i] = i / 2 + half * kLanes / 2 + i % 2 * kLanes;
+  }
+#if defined(__clang__)
+  Vec out;
+  for (int i = 0; i < kLanes; ++i) {
+    out[i] = i % 2 ? b[order[i] - kLanes] : a[order[i]];
+  }
+  return out;
+#else
+  return __builtin_shuffle(a, b, order);
+#endif
+}
+
+// The upper halves of 64-bit products.
+inline VecU32 mul_high(VecU32 a, uint32_t b) {
+#if defined(__AVX512F__)
+  // By name: GCC 12 multiplies all 64 bits, which takes three times as long.
+  const __m512i factor = _mm512_set1_epi32(static_cast<int>(b));
+  const __m512i even = _mm512_srli_epi64(_mm512_mul_epu32((__m512i)a, factor), 32);
+  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64((__m512i)a, 32), factor);
+  return (VecU32)_mm512_mask_blend_epi32(0xaaaa, even, odd);
+#elif defined(__AVX2__)
+  const __m256i factor = _mm256_set1_epi32(static_cast<int>(b));
+  const __m256i even = _mm256_srli_epi64(_mm256_mul_epu32((__m256i)a, factor), 32);
+  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64((__m256i)a, 32), factor);
+  return (VecU32)_mm256_blend_epi32(even, odd, 0xaa);
+#else
+  return __builtin_convertvector((__builtin_convertvector(a, VecU64) * b) >> 32, VecU32);
+#endif
 }
 
 inline float sum(Vec v) {

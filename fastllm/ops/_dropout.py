@@ -1,0 +1,19 @@
+"""What the ops with dropout have in common: the rate's check and the seed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def check_rate(name: str, argument: str, rate: float) -> None:
+    """Raises ValueError unless rate is a probability."""
+    if not 0.0 <= rate <= 1.0:
+        raise ValueError(f"{name}: {argument} must be between 0 and 1, got {rate}")
+
+
+def dropout_seed(like: Tensor, rate: float) -> Tensor | None:
+    """(1,) int64 from torch's generator of that device, which torch.manual_seed seeds; None at rate 0."""
+    if rate == 0:
+        return None
+    return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=like.device)

@@ -1,0 +1,129 @@
+"""Dropout, residual addition and LayerNorm in one pass: what stands between the blocks while a model trains."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastllm.backends import Op
+from fastllm.ops import _norm
+from fastllm.ops._dropout import check_rate, dropout_seed
+from fastllm.ops.add_layer_norm import add_layer_norm
+from fastllm.ops.layer_norm import layer_norm
+from fastllm.reference import dropout_add_layer_norm as reference
+
+
+def _fwd_fake(x, residual, weight, bias, seed, p, eps):
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(x.shape),
+        _norm.empty_statistic(x),
+        _norm.empty_statistic(x),
+    )
+
+
+def _bwd_fake(dy, dsum, sum, mean, rstd, weight, bias, seed, p, weight_grad, bias_grad):
+    return (
+        sum.new_empty(sum.shape),
+        sum.new_empty(sum.shape),
+        _norm.empty_parameter_grad(sum, weight, weight_grad),
+        _norm.empty_parameter_grad(sum, bias, bias_grad),
+    )
+
+
+def _launch_fwd(outputs, *args):
+    from fastllm.kernels import dropout_add_layer_norm as kernels
+
+    kernels.dropout_add_layer_norm_fwd(outputs, *args)
+
+
+def _launch_bwd(outputs, dy, dsum, sum, mean, rstd, weight, bias, seed, p, *wanted):
+    from fastllm.kernels import dropout_add_layer_norm as kernels
+
+    kernels.dropout_add_layer_norm_bwd(outputs, dy, dsum, sum, mean, rstd, weight, seed, p)
+
+
+_fwd = Op(
+    "dropout_add_layer_norm_fwd(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, Tensor seed, float p, "
+    "float eps) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference=reference.dropout_add_layer_norm_fwd,
+    fake=_fwd_fake,
+    backends=_norm.dropout_kernels(_fwd_fake, _launch_fwd, 0, 2, 3),
+)
+_bwd = Op(
+    "dropout_add_layer_norm_bwd(Tensor dy, Tensor? dsum, Tensor sum, Tensor mean, Tensor rstd, Tensor? weight, "
+    "Tensor? bias, Tensor seed, float p, bool weight_grad, bool bias_grad) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference=reference.dropout_add_layer_norm_bwd,
+    fake=_bwd_fake,
+    backends=_norm.dropout_kernels(_bwd_fake, _launch_bwd, 2, 5, 6),
+)
+
+
+class _DropoutAddLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, residual, weight, bias, seed, p, eps):
+        y, total, mean, rstd = _fwd(x, residual, weight, bias, seed, p, eps)
+        ctx.save_for_backward(total, mean, rstd, weight, bias, seed)
+        ctx.p = p
+        ctx.set_materialize_grads(False)
+        return y, total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy, dtotal):
+        total, *rest = ctx.saved_tensors
+        if dy is None:  # only the sum was used
+            dy = torch.zeros_like(total)
+        weight_grad, bias_grad = ctx.needs_input_grad[2:4]
+        dx, dresidual, dweight, dbias = _bwd(dy, dtotal, total, *rest, ctx.p, weight_grad, bias_grad)
+        return dx, dresidual, dweight if weight_grad else None, dbias if bias_grad else None, None, None, None
+
+
+def dropout_add_layer_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    p: float = 0.5,
+    training: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """`s = dropout(input, p, training) + residual; return layer_norm(s, ...), s` in one pass.
+
+    The mask is not stored: the backward draws it again, by Philox keyed on a seed from torch's generator, so that
+    torch.manual_seed reproduces it, on the CPU and on a GPU alike, though not with the mask that torch's dropout would
+    draw. The sum is rounded to its dtype once. Without dropout (p = 0, or not training) this is `add_layer_norm`.
+
+    Args:
+        input: (*, *normalized_shape), any strides; float32, bfloat16, float16; float64 runs on the reference.
+        residual: of input's shape. Another dtype is promoted as `+` does.
+        normalized_shape, weight, bias, eps: as `layer_norm`.
+        p: the probability of an element of input to be dropped, 0 to 1; what is kept is multiplied by 1 / (1 - p).
+        training: whether anything is dropped at all.
+
+    Returns:
+        (normed, sum), both contiguous, of input's shape. Differentiable once.
+
+    Raises:
+        TypeError: for a dtype that is not floating, or a normalized_shape that is no sequence.
+        ValueError: for shapes or devices that do not fit, and a p that is no probability; residual is not broadcast.
+    """
+    check_rate("dropout_add_layer_norm", "p", p)
+    if p == 0 or not training:
+        return add_layer_norm(input, residual, normalized_shape, weight, bias, eps)
+    ndim = _norm.validate("dropout_add_layer_norm", input, normalized_shape, weight, bias)
+    _norm.validate_residual("dropout_add_layer_norm", input, residual)
+    input, residual = _norm.promote(input, residual)
+    if _norm.runs_in_float32(input):  # autocast rounds the sum to 16 bits and normalizes it in float32
+        total = torch.nn.functional.dropout(input, p) + residual
+        return layer_norm(total, normalized_shape, weight, bias, eps), total
+    seed = dropout_seed(input, p)
+    if ndim == 1:
+        return _DropoutAddLayerNorm.apply(input, residual, weight, bias, seed, p, eps)
+    x, r, weight, bias = (_norm.flatten(t, ndim) for t in (input, residual, weight, bias))
+    y, total = _DropoutAddLayerNorm.apply(x, r, weight, bias, seed, p, eps)
+    return y.view(input.shape), total.view(input.shape)

@@ -1,8 +1,9 @@
 """Cross-entropy: what it needs to know of a row of logits, and the gradient (reference:
 fastllm/reference/cross_entropy.py).
 
-    t = x, or c tanh(x / c) with a softcap c      lse = log(sum_j exp(t_j))      picked = t_target      mean = mean(t)
-    dx_j = (dlse exp(t_j - lse) + dpicked [j = target] + dmean / n) (1 - (t_j / c)^2)
+    t = x, or c tanh(x / c) with a softcap c       top = max_j t_j       lse = log(sum_j exp(t_j - top))
+    picked = t_target - top                        mean = mean_j(t_j - top)
+    dx_j = (dlse exp(t_j - top - lse) + dpicked [j = target] + dmean / n) (1 - (t_j / c)^2)
 
 A program walks along one row. A target outside [0, n) picks nothing.
 """
@@ -27,13 +28,16 @@ def _capped(x, softcap, CAPPED: tl.constexpr):
 
 @triton.jit
 def _cross_entropy_fwd_kernel(
-    logits, target, lse, picked, mean, stride, n, softcap, CAPPED: tl.constexpr, MEAN: tl.constexpr,
+    logits, target, top, lse, picked, mean, stride, n, softcap, CAPPED: tl.constexpr, MEAN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     columns = tl.arange(0, BLOCK)
-    top = float("-inf")
+    highest = float("-inf")
+    # What the mean is summed from until the highest is known.
+    base = _capped(tl.load(logits).to(tl.float32), softcap, CAPPED)
+    base = tl.where(base == float("-inf"), 0.0, base)
     total = tl.zeros([BLOCK], tl.float32)
     total_t = tl.zeros([BLOCK], tl.float32)
     for start in range(0, n, BLOCK):
@@ -41,25 +45,25 @@ def _cross_entropy_fwd_kernel(
         t = _capped(tl.load(logits + j, mask=j < n, other=float("-inf")).to(tl.float32), softcap, CAPPED)
         if CAPPED:
             t = tl.where(j < n, t, float("-inf"))
-        highest = tl.maximum(top, tl.max(t, 0))
+        before, highest = highest, tl.maximum(highest, tl.max(t, 0))
         shift = tl.where(highest == float("-inf"), 0.0, highest)
-        total = total * tl.exp2((top - shift) * 1.4426950408889634) + tl.exp2((t - shift) * 1.4426950408889634)
-        top = highest
+        total = total * tl.exp2((before - shift) * 1.4426950408889634) + tl.exp2((t - shift) * 1.4426950408889634)
         if MEAN:
-            total_t += tl.where(j < n, t, 0.0)
-    shift = tl.where(top == float("-inf"), 0.0, top)
-    tl.store(lse + row, shift + tl.log(tl.sum(total, 0)))
+            total_t += tl.where(j < n, t - base, 0.0)
+    shift = tl.where(highest == float("-inf"), 0.0, highest)
+    tl.store(top + row, shift)
+    tl.store(lse + row, tl.log(tl.sum(total, 0)))
     at = tl.load(target + row)
     here = (at >= 0) & (at < n)
     t = _capped(tl.load(logits + at, mask=here, other=0.0).to(tl.float32), softcap, CAPPED)
-    tl.store(picked + row, tl.where(here, t, 0.0))
+    tl.store(picked + row, tl.where(here, t - shift, 0.0))
     if MEAN:
-        tl.store(mean + row, tl.sum(total_t, 0) / n)
+        tl.store(mean + row, (base - shift) + tl.sum(total_t, 0) / n)
 
 
 @triton.jit
 def _cross_entropy_bwd_kernel(
-    logits, target, lse, dlse, dpicked, dmean, dlogits, stride, stride_d, n, softcap,
+    logits, target, top, lse, dlse, dpicked, dmean, dlogits, stride, stride_d, n, softcap,
     CAPPED: tl.constexpr, MEAN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -67,6 +71,7 @@ def _cross_entropy_bwd_kernel(
     dlogits += row * stride_d
     columns = tl.arange(0, BLOCK)
     at = tl.load(target + row)
+    top_row = tl.load(top + row)
     lse_row = tl.load(lse + row)
     dlse_row = tl.load(dlse + row)
     dpicked_row = tl.load(dpicked + row)
@@ -77,7 +82,7 @@ def _cross_entropy_bwd_kernel(
         j = start + columns
         t = _capped(tl.load(logits + j, mask=j < n, other=0.0).to(tl.float32), softcap, CAPPED)
         # A row whose lse has no gradient is left out altogether, whatever its logits are.
-        grad = tl.where(dlse_row == 0, 0.0, dlse_row * tl.exp2((t - lse_row) * 1.4426950408889634))
+        grad = tl.where(dlse_row == 0, 0.0, dlse_row * tl.exp2((t - top_row - lse_row) * 1.4426950408889634))
         grad += tl.where(j == at, dpicked_row, 0.0) + even
         if CAPPED:
             ratio = t / softcap
@@ -94,6 +99,7 @@ def config(n: int) -> Config:
 
 
 def cross_entropy_fwd(
+    top: Tensor,  # (N,) float32
     lse: Tensor,  # (N,) float32
     picked: Tensor,  # (N,) float32
     mean: Tensor | None,  # (N,) float32
@@ -103,8 +109,8 @@ def cross_entropy_fwd(
 ) -> None:
     rows, n = logits.shape
     _utils.launch(
-        _cross_entropy_fwd_kernel, (rows,), config(n), logits=logits, target=target, lse=lse, picked=picked, mean=mean,
-        stride=logits.stride(0), n=n, softcap=float(softcap), CAPPED=softcap > 0, MEAN=mean is not None,
+        _cross_entropy_fwd_kernel, (rows,), config(n), logits=logits, target=target, top=top, lse=lse, picked=picked,
+        mean=mean, stride=logits.stride(0), n=n, softcap=float(softcap), CAPPED=softcap > 0, MEAN=mean is not None,
     )  # fmt: skip
 
 
@@ -115,12 +121,13 @@ def cross_entropy_bwd(
     dmean: Tensor | None,  # (N,) float32
     logits: Tensor,  # (N, V), last stride 1
     target: Tensor,  # (N,) int64
+    top: Tensor,  # (N,) float32
     lse: Tensor,  # (N,) float32
     softcap: float,
 ) -> None:
     rows, n = logits.shape
     _utils.launch(
-        _cross_entropy_bwd_kernel, (rows,), config(n), logits=logits, target=target, lse=lse, dlse=dlse,
+        _cross_entropy_bwd_kernel, (rows,), config(n), logits=logits, target=target, top=top, lse=lse, dlse=dlse,
         dpicked=dpicked, dmean=dmean, dlogits=dlogits, stride=logits.stride(0), stride_d=dlogits.stride(0), n=n,
         softcap=float(softcap), CAPPED=softcap > 0, MEAN=dmean is not None,
     )  # fmt: skip

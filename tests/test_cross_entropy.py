@@ -45,17 +45,18 @@ def eager(input, target, *, z_loss=0.0, softcap=0.0, num_valid=None, inplace=Fal
     return rows.sum() / (valid.sum() if num_valid is None else num_valid) if reduction == "mean" else rows.sum()
 
 
-def check(shape=(7, 40), dtype=torch.float32, layout="contiguous", scale=1.0, **kwargs) -> None:
-    x = make(shape, dtype, seed=1, layout=layout) * scale if scale != 1 else make(shape, dtype, seed=1, layout=layout)
+def check(shape=(7, 40), dtype=torch.float32, layout="contiguous", scale=1.0, offset=0.0, **kwargs) -> None:
+    x = make(shape, dtype, seed=1, layout=layout)
+    if (scale, offset) != (1.0, 0.0):
+        x = x * scale + offset
     y = targets(*shape)
-    # Magnitudes that the formula subtracts from each other: logits, and with z_loss their squares.
+    # What the formula subtracts from each other: probabilities and 1 in the gradient, with z_loss squares of logits.
     largest = float(x.float().abs().max())
     check_op(
         lambda x: ops.cross_entropy(x, y, **kwargs),
         lambda x: eager(x, y, **kwargs),
         (x,),
-        cancelling=largest + kwargs.get("z_loss", 0.0) * (largest + 10) ** 2,
-        in_exponent=largest + 10,
+        cancelling=1.0 + kwargs.get("z_loss", 0.0) * (largest + 10) ** 2,
     )
 
 
@@ -91,6 +92,17 @@ def test_huge_and_tiny_logits(binding, scale):
         for dtype in (torch.float32, torch.bfloat16):
             check((9, 133), dtype, scale=scale)
             check((9, 133), dtype, scale=scale, softcap=30.0)
+
+
+@pytest.mark.parametrize("binding", CPU)
+@pytest.mark.parametrize("offset", [1e4, -1e4])
+def test_logits_far_from_zero(binding, offset):
+    """Only their differences count."""
+    with bindings.bound(binding):
+        for dtype in (torch.float32, torch.bfloat16):
+            for reduction in ("none", "mean"):
+                check((9, 133), dtype, offset=offset, reduction=reduction)
+                check((9, 133), dtype, offset=offset, reduction=reduction, label_smoothing=0.1)
 
 
 def test_large_gradients_go_around_the_cache():
@@ -328,8 +340,8 @@ def test_opcheck():
     torch.library.opcheck(OPS["cross_entropy_fwd"].call, (x, y, None, 2.0, True))
     torch.library.opcheck(OPS["cross_entropy_fwd"].call, (x, torch.rand(6, 11), torch.rand(11), 0.0, False))
     grads = (torch.randn(6), torch.randn(6), torch.randn(6))
-    torch.library.opcheck(OPS["cross_entropy_bwd"].call, (*grads, x, y, None, stats[0], 2.0))
-    torch.library.opcheck(OPS["cross_entropy_bwd_"].call, (*grads, x.clone(), y, stats[0], 2.0))
+    torch.library.opcheck(OPS["cross_entropy_bwd"].call, (*grads, x, y, None, *stats[:2], 2.0))
+    torch.library.opcheck(OPS["cross_entropy_bwd_"].call, (*grads, x.clone(), y, *stats[:2], 2.0))
 
 
 @pytest.mark.parametrize("inplace", [False, True])

@@ -61,6 +61,7 @@ else:
     def test_cross_entropy_huge_and_tiny_logits(scale):
         test_cross_entropy.check((4, 133), scale=scale, softcap=30.0)
         test_cross_entropy.check((4, 133), torch.float16, scale=scale)
+        test_cross_entropy.check((4, 1500), offset=scale, label_smoothing=0.1, reduction="none")
 
     @pytest.mark.parametrize("layout", ["transposed", "sliced", "strided", "misaligned"])
     def test_cross_entropy_layouts(layout):

@@ -350,10 +350,10 @@ def test_autocast():
 def test_opcheck():
     x, w, b, y = draw(6, 8, 11)
     torch.library.opcheck(OPS["linear_cross_entropy_fwd"].call, (x, w, b, y, 2.0, True, 4))
-    lse, _, _ = OPS["linear_cross_entropy_fwd"].call(x, w, b, y, 2.0, True, 4)
+    top, lse, _, _ = OPS["linear_cross_entropy_fwd"].call(x, w, b, y, 2.0, True, 4)
     grads = (torch.randn(6), torch.randn(6), torch.randn(6))
     for wanted in ([True, True, True], [False, True, False]):
-        torch.library.opcheck(OPS["linear_cross_entropy_bwd"].call, (*grads, x, w, b, y, lse, 2.0, 4, wanted))
+        torch.library.opcheck(OPS["linear_cross_entropy_bwd"].call, (*grads, x, w, b, y, top, lse, 2.0, 4, wanted))
         args = (x, w, b, y, torch.rand(6), 0.1, 0.1, 2.0, 4, wanted)
         torch.library.opcheck(OPS["linear_cross_entropy_fwd_bwd"].call, args)
 

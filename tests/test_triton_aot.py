@@ -24,8 +24,8 @@ def cross_entropy() -> None:
             logits, target = _empty(4096, classes, dtype=dtype), _empty(4096, dtype=torch.int64)
             row = _empty(4096, dtype=torch.float32)
             for softcap, mean in ((0.0, None), (30.0, row)):
-                kernels.cross_entropy_fwd(row, row, mean, logits, target, softcap)
-                kernels.cross_entropy_bwd(logits, row, row, mean, logits, target, row, softcap)
+                kernels.cross_entropy_fwd(row, row, row, mean, logits, target, softcap)
+                kernels.cross_entropy_bwd(logits, row, row, mean, logits, target, row, row, softcap)
 
 
 def gated_activations() -> None:

@@ -44,25 +44,27 @@ int64_t grain(int64_t n) {
   return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, n));
 }
 
-std::tuple<Tensor, Tensor, Tensor> forward(
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor& logits, const Tensor& target, const MaybeTensor& weight, double softcap, bool mean) {
   if (!supported(logits, target, weight)) {
-    return to_tuple(call_fallback<3>("cross_entropy_fwd", logits, target, weight, softcap, mean));
+    return to_tuple(call_fallback<4>("cross_entropy_fwd", logits, target, weight, softcap, mean));
   }
   check_rows(logits, target);
   const int64_t count = logits.size(0);
-  Tensor lse = empty_vector(logits, count, ScalarType::Float), picked = empty_vector(logits, count, ScalarType::Float);
+  Tensor top = empty_vector(logits, count, ScalarType::Float), lse = empty_vector(logits, count, ScalarType::Float);
+  Tensor picked = empty_vector(logits, count, ScalarType::Float);
   Tensor average = empty_vector(logits, mean ? count : 0, ScalarType::Float);
   if (logits.numel() > 0) {
     const Rows rows = as_rows(logits);
     CrossEntropyFwd a{row_arguments(logits, rows, target, softcap)};
+    a.top = output(top);
     a.lse = output(lse);
     a.picked = output(picked);
     a.mean = mean ? output(average) : nullptr;
     const CrossEntropyKernels& kernels = FASTLLM_KERNELS(cross_entropy_kernels);
     torch::stable::parallel_for(0, count, grain(a.n), [&](int64_t begin, int64_t end) { kernels.fwd(a, begin, end); });
   }
-  return {lse, picked, average};
+  return {top, lse, picked, average};
 }
 
 // `dlogits` may be the logits, if their rows are dense.
@@ -76,9 +78,11 @@ void backward_into(
     const Tensor& logits,
     const Rows& rows,
     const Tensor& target,
+    const Tensor& top,
     const Tensor& lse,
     double softcap) {
   CrossEntropyBwd a{row_arguments(logits, rows, target, softcap)};
+  a.top = statistic("top", top, target);
   a.lse = statistic("lse", lse, target);
   a.dlse = statistic("dlse", dlse, target);
   a.dpicked = statistic("dpicked", dpicked, target);
@@ -98,10 +102,11 @@ Tensor backward(
     const Tensor& logits,
     const Tensor& target,
     const MaybeTensor& weight,
+    const Tensor& top,
     const Tensor& lse,
     double softcap) {
   if (!supported(logits, target, weight)) {
-    return call_fallback<1>("cross_entropy_bwd", dlse, dpicked, dmean, logits, target, weight, lse, softcap)[0];
+    return call_fallback<1>("cross_entropy_bwd", dlse, dpicked, dmean, logits, target, weight, top, lse, softcap)[0];
   }
   check_rows(logits, target);
   Tensor dlogits = torch::stable::new_empty(logits, logits.sizes());
@@ -109,7 +114,7 @@ Tensor backward(
     advise_huge_pages(dlogits.mutable_data_ptr(), bytes_of(dlogits));
     const bool streamed = should_stream(dlogits.const_data_ptr(), bytes_of(logits), bytes_of(logits) / logits.size(0));
     const Rows rows = as_rows(logits);
-    backward_into(dlogits, logits.size(1), streamed, dlse, dpicked, dmean, logits, rows, target, lse, softcap);
+    backward_into(dlogits, logits.size(1), streamed, dlse, dpicked, dmean, logits, rows, target, top, lse, softcap);
   }
   return dlogits;
 }
@@ -120,16 +125,17 @@ void backward_in_place(
     const MaybeTensor& dmean,
     const Tensor& logits,
     const Tensor& target,
+    const Tensor& top,
     const Tensor& lse,
     double softcap) {
   if (!supported(logits, target, std::nullopt) || logits.stride(1) != 1 || logits.stride(0) < logits.size(1)) {
-    call_fallback<0>("cross_entropy_bwd_", dlse, dpicked, dmean, logits, target, lse, softcap);
+    call_fallback<0>("cross_entropy_bwd_", dlse, dpicked, dmean, logits, target, top, lse, softcap);
     return;
   }
   check_rows(logits, target);
   if (logits.numel() > 0) {
     const Rows rows = as_rows(logits);
-    backward_into(logits, rows.stride, false, dlse, dpicked, dmean, logits, rows, target, lse, softcap);
+    backward_into(logits, rows.stride, false, dlse, dpicked, dmean, logits, rows, target, top, lse, softcap);
   }
 }
 

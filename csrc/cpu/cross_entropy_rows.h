@@ -19,12 +19,14 @@ struct CrossEntropyRows {
 };
 
 struct CrossEntropyFwd : CrossEntropyRows {
+  float* top;
   float* lse;
   float* picked;
   float* mean;  // null: not wanted
 };
 
 struct CrossEntropyBwd : CrossEntropyRows {
+  const float* top;
   const float* lse;
   const float* dlse;
   const float* dpicked;

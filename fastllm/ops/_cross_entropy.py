@@ -44,21 +44,21 @@ def _bwd_in_place_supports(dlse, dpicked, dmean, logits, target, *rest):
 def _fwd_triton(logits, target, weight, softcap, mean):
     if not logits.numel():
         return reference.cross_entropy_fwd(logits, target, weight, softcap, mean)
-    lse, picked, average = outputs = empty_stats(logits, mean)
+    top, lse, picked, average = outputs = empty_stats(logits, mean)
     from fastllm.kernels import cross_entropy as kernels
 
-    kernels.cross_entropy_fwd(lse, picked, average if mean else None, _dense(logits), target, softcap)
+    kernels.cross_entropy_fwd(top, lse, picked, average if mean else None, _dense(logits), target, softcap)
     return outputs
 
 
-def _bwd_triton(dlse, dpicked, dmean, logits, target, weight, lse, softcap):
+def _bwd_triton(dlse, dpicked, dmean, logits, target, weight, top, lse, softcap):
     dlogits = logits.new_empty(logits.shape)
-    _launch_bwd(dlogits, dlse, dpicked, dmean, logits, target, lse, softcap)
+    _launch_bwd(dlogits, dlse, dpicked, dmean, logits, target, top, lse, softcap)
     return dlogits
 
 
-def _bwd_in_place_triton(dlse, dpicked, dmean, logits, target, lse, softcap):
-    _launch_bwd(logits, dlse, dpicked, dmean, logits, target, lse, softcap)
+def _bwd_in_place_triton(dlse, dpicked, dmean, logits, target, top, lse, softcap):
+    _launch_bwd(logits, dlse, dpicked, dmean, logits, target, top, lse, softcap)
 
 
 def _dense(logits: Tensor) -> Tensor:
@@ -66,24 +66,25 @@ def _dense(logits: Tensor) -> Tensor:
     return logits if logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous()
 
 
-def _launch_bwd(dlogits, dlse, dpicked, dmean, logits, target, lse, softcap):
+def _launch_bwd(dlogits, dlse, dpicked, dmean, logits, target, top, lse, softcap):
     if logits.numel():
         from fastllm.kernels import cross_entropy as kernels
 
         out = _dense(dlogits)
-        kernels.cross_entropy_bwd(out, dlse, dpicked, dmean, _dense(logits), target, lse, softcap)
+        kernels.cross_entropy_bwd(out, dlse, dpicked, dmean, _dense(logits), target, top, lse, softcap)
         if out is not dlogits:
             dlogits.copy_(out)
 
 
-def _bwd_in_place_reference(dlse, dpicked, dmean, logits, target, lse, softcap):
-    logits.copy_(reference.cross_entropy_bwd(dlse, dpicked, dmean, logits, target, None, lse, softcap))
+def _bwd_in_place_reference(dlse, dpicked, dmean, logits, target, top, lse, softcap):
+    logits.copy_(reference.cross_entropy_bwd(dlse, dpicked, dmean, logits, target, None, top, lse, softcap))
 
 
-def empty_stats(x: Tensor, mean: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """lse, picked and mean (empty if it is not asked for) of the rows of `x`, not yet written."""
+def empty_stats(x: Tensor, mean: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """top, lse, picked and mean (empty if it is not asked for) of the rows of `x`, not yet written."""
     acc, rows = torch.promote_types(x.dtype, torch.float32), x.shape[0]
-    return x.new_empty(rows, dtype=acc), x.new_empty(rows, dtype=acc), x.new_empty(rows if mean else 0, dtype=acc)
+    top, lse, picked = (x.new_empty(rows, dtype=acc) for _ in range(3))
+    return top, lse, picked, x.new_empty(rows if mean else 0, dtype=acc)
 
 
 def upstream(lse: Tensor, dlse: Tensor | None, dpicked: Tensor | None, dmean: Tensor | None):
@@ -94,21 +95,21 @@ def upstream(lse: Tensor, dlse: Tensor | None, dpicked: Tensor | None, dmean: Te
 
 stats_fwd = Op(
     "cross_entropy_fwd(Tensor logits, Tensor target, Tensor? weight, float softcap, bool mean) "
-    "-> (Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     reference=reference.cross_entropy_fwd,
     fake=lambda logits, target, weight, softcap, mean: empty_stats(logits, mean),
     backends=(Backend("triton", _triton.supports(_fwd_supports), _fwd_triton), compiled("CPU", _fwd_supports)),
 )
 stats_bwd = Op(
     "cross_entropy_bwd(Tensor dlse, Tensor dpicked, Tensor? dmean, Tensor logits, Tensor target, Tensor? weight, "
-    "Tensor lse, float softcap) -> Tensor",
+    "Tensor top, Tensor lse, float softcap) -> Tensor",
     reference=reference.cross_entropy_bwd,
     fake=lambda dlse, dpicked, dmean, logits, *rest: logits.new_empty(logits.shape),
     backends=(Backend("triton", _triton.supports(_bwd_supports), _bwd_triton), compiled("CPU", _bwd_supports)),
 )
 stats_bwd_in_place = Op(
-    "cross_entropy_bwd_(Tensor dlse, Tensor dpicked, Tensor? dmean, Tensor(a!) logits, Tensor target, Tensor lse, "
-    "float softcap) -> ()",
+    "cross_entropy_bwd_(Tensor dlse, Tensor dpicked, Tensor? dmean, Tensor(a!) logits, Tensor target, Tensor top, "
+    "Tensor lse, float softcap) -> ()",
     reference=_bwd_in_place_reference,
     fake=lambda *args: None,
     backends=(
@@ -168,7 +169,7 @@ def check_weight(name: str, weight: Tensor | None, classes: int, input: Tensor) 
 
 
 def row_losses(
-    stats: tuple[Tensor, Tensor, Tensor | None],
+    stats: tuple[Tensor, Tensor, Tensor, Tensor | None],
     target: Tensor,
     weight: Tensor | None,
     ignore_index: int,
@@ -176,7 +177,7 @@ def row_losses(
     z_loss: float,
 ) -> tuple[Tensor, Tensor | float]:
     """The loss of each row, and what their sum is divided by for the mean."""
-    lse, picked, mean = stats
+    top, lse, picked, mean = stats
     weight = None if weight is None else weight.to(lse.dtype)
     valid = None
     count: Tensor | float
@@ -193,8 +194,10 @@ def row_losses(
         uniform = lse - mean if weight is None else weight.mean() * lse - mean
         rows = (1 - label_smoothing) * rows + label_smoothing * uniform
     if z_loss:
-        known = lse if valid is None else torch.where(valid, lse, 0.0)  # a row that is ignored may hold anything
-        rows = rows + z_loss * known.square()
+        whole = top + lse
+        if valid is not None:
+            whole = torch.where(valid, whole, 0.0)  # a row that is ignored may hold anything
+        rows = rows + z_loss * whole.square()
     return (rows if valid is None else torch.where(valid, rows, 0.0)), count
 
 

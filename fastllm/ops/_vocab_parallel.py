@@ -38,7 +38,9 @@ def replicated(x: Tensor, group: Any) -> Tensor:
     return _Replicated.apply(x, group)
 
 
-class _Combined(torch.autograd.Function):
+class _LogSumExp(torch.autograd.Function):
+    """Over the ranks."""
+
     @staticmethod
     def forward(ctx, lse, group):
         parts = [torch.empty_like(lse) for _ in range(dist.get_world_size(group))]
@@ -66,9 +68,14 @@ class _Sum(torch.autograd.Function):
 
 
 def combined(
-    stats: tuple[Tensor, Tensor, Tensor | None], share: float, group: Any
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """lse, picked and mean over the whole vocabulary, from those over a part that is `share` of it."""
-    lse, picked, mean = stats
-    whole_mean = None if mean is None else _Sum.apply(mean * share, group)
-    return _Combined.apply(lse, group), _Sum.apply(picked, group), whole_mean
+    stats: tuple[Tensor, Tensor, Tensor, Tensor | None], mine: Tensor, share: float, group: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """top, lse, picked and mean over the whole vocabulary, from those over a part that is `share` of it and has the
+    targets of the rows `mine`."""
+    top, lse, picked, mean = stats
+    highest = top.clone()
+    dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
+    below = top - highest  # from where this part counts
+    whole_mean = None if mean is None else _Sum.apply((mean + below) * share, group)
+    whole_picked = _Sum.apply(torch.where(mine, picked + below, 0.0), group)
+    return highest, _LogSumExp.apply(lse + below, group), whole_picked, whole_mean

@@ -61,13 +61,13 @@ def _fwd(input, weight, bias, target, softcap, mean, chunk_size):
     return outputs
 
 
-def _stats(outputs, rows, logits, target, softcap, mean) -> Tensor:
-    """Writes a chunk's part of the outputs; returns its lse."""
+def _stats(outputs, rows, logits, target, softcap, mean) -> tuple[Tensor, Tensor]:
+    """Writes a chunk's part of the outputs; returns its top and lse."""
     parts = _ce.stats_fwd(logits, target[rows], None, softcap, mean)
     for output, part in zip(outputs, parts, strict=True):
         if output.numel():
             output[rows] = part
-    return parts[0]
+    return parts[:2]
 
 
 class _Gradients:
@@ -106,11 +106,11 @@ class _Gradients:
         return self.dinput, self.dweight.to(self.weight.dtype), dbias
 
 
-def _bwd(dlse, dpicked, dmean, input, weight, bias, target, lse, softcap, chunk_size, wanted):
+def _bwd(dlse, dpicked, dmean, input, weight, bias, target, top, lse, softcap, chunk_size, wanted):
     grads = _Gradients(input, weight, bias, wanted)
     for rows, logits in _chunks(input, weight, bias, chunk_size):
         upstream = dlse[rows], dpicked[rows], None if dmean is None else dmean[rows]
-        _ce.stats_bwd_in_place(*upstream, logits, target[rows], lse[rows], softcap)
+        _ce.stats_bwd_in_place(*upstream, logits, target[rows], top[rows], lse[rows], softcap)
         grads.add(logits, rows)
     return grads.result()
 
@@ -120,9 +120,9 @@ def _fwd_bwd(input, weight, bias, target, scale, label_smoothing, z_loss, softca
     outputs = _ce.empty_stats(input, mean)
     grads = _Gradients(input, weight, bias, wanted)
     for rows, logits in _chunks(input, weight, bias, chunk_size):
-        lse = _stats(outputs, rows, logits, target, softcap, mean)
-        upstream = reference.loss_gradients(scale[rows], lse, label_smoothing, z_loss)
-        _ce.stats_bwd_in_place(*upstream, logits, target[rows], lse, softcap)
+        shift = _stats(outputs, rows, logits, target, softcap, mean)
+        upstream = reference.loss_gradients(scale[rows], *shift, label_smoothing, z_loss)
+        _ce.stats_bwd_in_place(*upstream, logits, target[rows], *shift, softcap)
         grads.add(logits, rows)
     return *outputs, *grads.result()
 
@@ -137,16 +137,17 @@ def _grads_fake(input, weight, bias, wanted):
 
 _fwd_op = Op(
     "linear_cross_entropy_fwd(Tensor input, Tensor weight, Tensor? bias, Tensor target, float softcap, bool mean, "
-    "SymInt chunk_size) -> (Tensor, Tensor, Tensor)",
+    "SymInt chunk_size) -> (Tensor, Tensor, Tensor, Tensor)",
     reference=reference.linear_cross_entropy_fwd,
     fake=lambda input, weight, bias, target, softcap, mean, chunk_size: _ce.empty_stats(input, mean),
     backends=_backends(lambda input, weight, *rest: _reason(input, weight), _fwd),
 )
 _bwd_op = Op(
     "linear_cross_entropy_bwd(Tensor dlse, Tensor dpicked, Tensor? dmean, Tensor input, Tensor weight, Tensor? bias, "
-    "Tensor target, Tensor lse, float softcap, SymInt chunk_size, bool[] wanted) -> (Tensor, Tensor, Tensor)",
+    "Tensor target, Tensor top, Tensor lse, float softcap, SymInt chunk_size, bool[] wanted) "
+    "-> (Tensor, Tensor, Tensor)",
     reference=reference.linear_cross_entropy_bwd,
-    fake=lambda dlse, dpicked, dmean, input, weight, bias, target, lse, softcap, chunk_size, wanted: _grads_fake(
+    fake=lambda dlse, dpicked, dmean, input, weight, bias, target, top, lse, softcap, chunk_size, wanted: _grads_fake(
         input, weight, bias, wanted
     ),
     backends=_backends(lambda dlse, dpicked, dmean, input, weight, *rest: _reason(input, weight), _bwd),
@@ -154,7 +155,7 @@ _bwd_op = Op(
 _fwd_bwd_op = Op(
     "linear_cross_entropy_fwd_bwd(Tensor input, Tensor weight, Tensor? bias, Tensor target, Tensor scale, "
     "float label_smoothing, float z_loss, float softcap, SymInt chunk_size, bool[] wanted) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=reference.linear_cross_entropy_fwd_bwd,
     fake=lambda input, weight, bias, target, scale, label_smoothing, z_loss, softcap, chunk_size, wanted: (
         *_ce.empty_stats(input, label_smoothing > 0),
@@ -165,23 +166,24 @@ _fwd_bwd_op = Op(
 
 
 class _LinearStats(torch.autograd.Function):
-    """(lse, picked, mean) as `cross_entropy` has them; the backward computes the logits once more."""
+    """(top, lse, picked, mean) as `cross_entropy` has them; the backward computes the logits once more."""
 
     @staticmethod
     def forward(ctx, input, weight, bias, target, softcap, mean, chunk_size):
-        lse, picked, average = _fwd_op(input, weight, bias, target, softcap, mean, chunk_size)
-        ctx.save_for_backward(input, weight, bias, target, lse)
+        top, lse, picked, average = _fwd_op(input, weight, bias, target, softcap, mean, chunk_size)
+        ctx.save_for_backward(input, weight, bias, target, top, lse)
+        ctx.mark_non_differentiable(top)
         ctx.rest = softcap, chunk_size
         ctx.set_materialize_grads(False)
-        return lse, picked, average if mean else None
+        return top, lse, picked, average if mean else None
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dlse, dpicked, dmean):
-        *saved, lse = ctx.saved_tensors
-        grads = _ce.upstream(lse, dlse, dpicked, dmean)
+    def backward(ctx, _, dlse, dpicked, dmean):
+        saved = ctx.saved_tensors
+        grads = _ce.upstream(saved[-1], dlse, dpicked, dmean)
         wanted = list(ctx.needs_input_grad[:3])
-        found = _bwd_op(*grads, *saved, lse, *ctx.rest, wanted)
+        found = _bwd_op(*grads, *saved, *ctx.rest, wanted)
         return *(grad if want else None for grad, want in zip(found, wanted, strict=True)), *(None,) * 4
 
 
@@ -191,17 +193,17 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, weight, bias, target, scale, label_smoothing, z_loss, softcap, chunk_size):
         wanted = list(ctx.needs_input_grad[:3])
-        lse, picked, mean, *grads = _fwd_bwd_op(
+        top, lse, picked, mean, *grads = _fwd_bwd_op(
             input, weight, bias, target, scale, label_smoothing, z_loss, softcap, chunk_size, wanted
         )
-        ctx.save_for_backward(input, weight, bias, target, scale, lse)
+        ctx.save_for_backward(input, weight, bias, target, scale, top, lse)
         ctx.rest = label_smoothing, z_loss, softcap, chunk_size
         ctx.grads = grads
         rows = lse - picked
         if label_smoothing:
             rows = (1 - label_smoothing) * rows + label_smoothing * (lse - mean)
         if z_loss:
-            rows = rows + z_loss * lse.square()
+            rows = rows + z_loss * (top + lse).square()
         return torch.where(scale == 0, 0.0, scale * rows).sum()
 
     @staticmethod
@@ -210,10 +212,10 @@ class _Loss(torch.autograd.Function):
         wanted = list(ctx.needs_input_grad[:3])
         grads, ctx.grads = ctx.grads, None
         if grads is None:  # a second time: autograd has the first ones, and may have added to them
-            *saved, scale, lse = ctx.saved_tensors
+            *saved, scale, top, lse = ctx.saved_tensors
             label_smoothing, z_loss, softcap, chunk_size = ctx.rest
-            upstream = reference.loss_gradients(scale, lse, label_smoothing, z_loss)
-            grads = _bwd_op(*upstream, *saved, lse, softcap, chunk_size, wanted)
+            upstream = reference.loss_gradients(scale, top, lse, label_smoothing, z_loss)
+            grads = _bwd_op(*upstream, *saved, top, lse, softcap, chunk_size, wanted)
         if dloss.device.type != "cpu" or torch.compiler.is_compiling() or dloss.item() != 1:
             grads = [(grad.to(dloss.dtype) * dloss).to(grad.dtype) for grad in grads]
         return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *(None,) * 6
@@ -325,12 +327,13 @@ def linear_cross_entropy(
     else:
         x = _vocab_parallel.replicated(x, process_group)
         stats = _LinearStats.apply(x, linear_weight, linear_bias, y - start, softcap, label_smoothing > 0, chunk)
-        stats = _vocab_parallel.combined(stats, linear_weight.shape[0] / classes, process_group)
+        mine = (y >= start) & (y < start + linear_weight.shape[0])
+        stats = _vocab_parallel.combined(stats, mine, linear_weight.shape[0] / classes, process_group)
     rows, count = _ce.row_losses(stats, y, weight, ignore_index, label_smoothing, z_loss)
     loss = _ce.reduced(rows.reshape(shape), count, reduction, num_valid).to(dtype)
     if not return_logprobs:
         return loss
-    return loss, torch.where(y != ignore_index, stats[1] - stats[0], 0.0).reshape(shape)
+    return loss, torch.where(y != ignore_index, stats[2] - stats[1], 0.0).reshape(shape)
 
 
 def _check(

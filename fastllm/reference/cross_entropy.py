@@ -1,13 +1,15 @@
 """What cross-entropy needs to know of a row of logits, and the gradient of that.
 
     t = x, or c tanh(x / c) with a softcap c
-    lse = log(sum_j exp(t_j))
-    picked = t_y                     of probabilities: sum_j w_j q_j t_j
-    mean = sum_j w_j t_j / V
+    top = max_j t_j
+    lse = log(sum_j exp(t_j - top))
+    picked = t_y - top                     of probabilities: sum_j w_j q_j (t_j - top)
+    mean = sum_j w_j (t_j - top) / V
 
-    dx_j = (dlse exp(t_j - lse) + dpicked [j = y] + w_j dmean / V) (1 - (t_j / c)^2)
+    dx_j = (dlse exp(t_j - top - lse) + dpicked [j = y] + w_j dmean / V) (1 - (t_j / c)^2)
 
-A target outside [0, V) picks nothing, 0. `fastllm/ops/cross_entropy.py` makes the loss of these.
+Everything is counted from the top, which cancels in the loss: logits of any size lose no digits. It is a constant to
+the gradient. A target outside [0, V) picks nothing, 0. `fastllm/ops/cross_entropy.py` makes the loss of these.
 """
 
 from __future__ import annotations
@@ -32,12 +34,16 @@ def cross_entropy_fwd(
     weight: Tensor | None,  # (V,)
     softcap: float,
     mean: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns lse, picked and mean, each (N,) in the accumulation dtype; mean is empty if it is not asked for."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns top, lse, picked and mean, each (N,) in the accumulation dtype; mean is empty if it is not asked for."""
     acc = torch.promote_types(logits.dtype, torch.float32)
     t = cap(logits.to(acc), softcap)
     if t.shape[1] == 0:
-        return t.new_full(t.shape[:1], -torch.inf), t.new_zeros(t.shape[:1]), t.new_zeros(t.shape[0] if mean else 0)
+        zeros = t.new_zeros(t.shape[:1])
+        return zeros, torch.full_like(zeros, -torch.inf), zeros.clone(), zeros.clone() if mean else t.new_empty(0)
+    top = t.amax(-1)
+    top = torch.where(top == -torch.inf, 0.0, top)
+    t = t - top[:, None]
     w = t.new_ones(()) if weight is None else weight.to(acc)
     lse = torch.logsumexp(t, -1)
     if target.is_floating_point():
@@ -45,7 +51,7 @@ def cross_entropy_fwd(
     else:
         place, inside = _chosen(target, t.shape[1])
         picked = torch.where(inside, t.gather(1, place)[:, 0], 0.0)
-    return lse, picked, (t * w).mean(-1) if mean else t.new_empty(0)
+    return top, lse, picked, (t * w).mean(-1) if mean else t.new_empty(0)
 
 
 def cross_entropy_bwd(
@@ -55,6 +61,7 @@ def cross_entropy_bwd(
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
+    top: Tensor,
     lse: Tensor,
     softcap: float,
 ) -> Tensor:
@@ -63,7 +70,7 @@ def cross_entropy_bwd(
     t = cap(logits.to(acc), softcap)
     w = t.new_ones(()) if weight is None else weight.to(acc)
     # A row whose lse has no gradient is left out altogether, whatever its logits are.
-    grad = torch.where(dlse[:, None] == 0, 0.0, dlse[:, None] * torch.exp(t - lse[:, None]))
+    grad = torch.where(dlse[:, None] == 0, 0.0, dlse[:, None] * torch.exp(t - top[:, None] - lse[:, None]))
     if target.is_floating_point():
         grad = grad + dpicked[:, None] * (w * target.to(acc))
     else:

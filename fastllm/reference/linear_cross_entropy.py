@@ -24,7 +24,7 @@ def linear_cross_entropy_fwd(
     softcap: float,
     mean: bool,
     chunk_size: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `cross_entropy_fwd`."""
     return cross_entropy_fwd(_logits(input, weight, bias), target, None, softcap, mean)
 
@@ -37,6 +37,7 @@ def linear_cross_entropy_bwd(
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
+    top: Tensor,
     lse: Tensor,
     softcap: float,
     chunk_size: int,
@@ -44,7 +45,7 @@ def linear_cross_entropy_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients that are wanted; empty for the others."""
     logits = _logits(input, weight, bias)
-    d = cross_entropy_bwd(dlse, dpicked, dmean, logits, target, None, lse, softcap)
+    d = cross_entropy_bwd(dlse, dpicked, dmean, logits, target, None, top, lse, softcap)
     return (
         (d @ weight.to(d.dtype)).to(input.dtype) if wanted[0] else input.new_empty(0),
         (d.T @ input.to(d.dtype)).to(weight.dtype) if wanted[1] else weight.new_empty(0),
@@ -53,11 +54,11 @@ def linear_cross_entropy_bwd(
 
 
 def loss_gradients(
-    scale: Tensor, lse: Tensor, label_smoothing: float, z_loss: float
+    scale: Tensor, top: Tensor, lse: Tensor, label_smoothing: float, z_loss: float
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(dlse, dpicked, dmean) of sum_i scale_i ((1 - e) (lse - picked) + e (lse - mean) + z lse^2)."""
+    """(dlse, dpicked, dmean) of sum_i scale_i ((1 - e) (lse - picked) + e (lse - mean) + z (top + lse)^2)."""
     # A row without a share may hold anything.
-    dlse = scale * (1 + 2 * z_loss * torch.where(scale == 0, 0.0, lse)) if z_loss else scale
+    dlse = scale * (1 + 2 * z_loss * torch.where(scale == 0, 0.0, top + lse)) if z_loss else scale
     return dlse, scale * (label_smoothing - 1), scale * -label_smoothing if label_smoothing else None
 
 
@@ -72,10 +73,10 @@ def linear_cross_entropy_fwd_bwd(
     softcap: float,
     chunk_size: int,
     wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns lse, picked, mean, and the gradients as `linear_cross_entropy_bwd`."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns top, lse, picked, mean, and the gradients as `linear_cross_entropy_bwd`."""
     stats = linear_cross_entropy_fwd(input, weight, bias, target, softcap, label_smoothing > 0, chunk_size)
-    grads = loss_gradients(scale, stats[0], label_smoothing, z_loss)
+    grads = loss_gradients(scale, *stats[:2], label_smoothing, z_loss)
     return *stats, *linear_cross_entropy_bwd(
-        *grads, input, weight, bias, target, stats[0], softcap, chunk_size, wanted
+        *grads, input, weight, bias, target, *stats[:2], softcap, chunk_size, wanted
     )  # fmt: skip

@@ -1,7 +1,8 @@
 // Row kernels of cross_entropy. Reference: fastllm/reference/cross_entropy.py.
 //
-//   t = x, or c tanh(x / c) with a softcap c         lse = log(sum_j exp(t_j))       picked = t_target
-//   dx_j = (dlse exp(t_j - lse) + dpicked [j = target] + dmean / n) (1 - (t_j / c)^2)
+//   t = x, or c tanh(x / c) with a softcap c       top = max_j t_j       lse = log(sum_j exp(t_j - top))
+//   picked = t_target - top                        mean = mean_j(t_j - top)
+//   dx_j = (dlse exp(t_j - top - lse) + dpicked [j = target] + dmean / n) (1 - (t_j / c)^2)
 //
 // The forward reads a row from memory once: its second pass finds it in the cache, and fetches the next row meanwhile.
 #include "../cross_entropy_rows.h"
@@ -58,16 +59,17 @@ void fwd_rows(const CrossEntropyFwd& a, int64_t begin, int64_t end) {
         const Vec t = cap<kCapped>(load(x + i, count...), a.softcap, inverse);
         block += inside(exp(t - shift), count...);
         if (a.mean != nullptr) {
-          block_t += inside(t, count...);
+          block_t += inside(t - shift, count...);
         }
       });
       total += block;
       total_t += block_t;
     }
-    a.lse[row] = shift + static_cast<float>(__builtin_log(static_cast<double>(sum(total))));
+    a.top[row] = shift;
+    a.lse[row] = static_cast<float>(__builtin_log(static_cast<double>(sum(total))));
     const int64_t target = a.target[row];
     const bool here = target >= 0 && target < a.n;
-    a.picked[row] = here ? cap<kCapped>(splat(load(x + target, 1)[0]), a.softcap, inverse)[0] : 0.0f;
+    a.picked[row] = here ? cap<kCapped>(splat(load(x + target, 1)[0]), a.softcap, inverse)[0] - shift : 0.0f;
     if (a.mean != nullptr) {
       a.mean[row] = sum(total_t) / static_cast<float>(a.n);
     }
@@ -80,7 +82,7 @@ void bwd_rows(const CrossEntropyBwd& a, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const T* x = static_cast<const T*>(a.logits) + row * a.stride;
     T* dx = static_cast<T*>(a.dlogits) + row * a.dlogits_stride;
-    const float lse = a.lse[row], dlse = a.dlse[row];
+    const float top = a.top[row], lse = a.lse[row], dlse = a.dlse[row];
     const float even = a.dmean == nullptr ? 0.0f : a.dmean[row] / static_cast<float>(a.n);
     const int64_t target = a.target[row];
     const bool here = target >= 0 && target < a.n && a.dpicked[row] != 0.0f;
@@ -88,7 +90,7 @@ void bwd_rows(const CrossEntropyBwd& a, int64_t begin, int64_t end) {
     const bool nothing = dlse == 0.0f && even == 0.0f && dpicked == 0.0f;
     auto gradient = [&](Vec value, Vec picked) {
       const Vec t = cap<kCapped>(value, a.softcap, inverse);
-      Vec out = dlse * exp(t - lse) + even + picked;
+      Vec out = dlse * exp(t - top - lse) + even + picked;
       if constexpr (kCapped) {
         const Vec ratio = t * inverse;
         out = out * (1.0f - ratio * ratio);

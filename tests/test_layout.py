@@ -81,6 +81,7 @@ ALLOWED = {
     "optim": {"ops", "backends"},
     "models": {"nn", "ops"},
     "data": {"_extras"},
+    "patching": {"ops", "backends", "testing"},
     "trainer": {"models", "data", "optim", "backends", "_extras", "_version"},
 }
 

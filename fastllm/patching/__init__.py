@@ -1,0 +1,253 @@
+"""Fused ops in models that exist already: found by structure, proven on the model's own modules, and reversible."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import functools
+from collections.abc import Iterable, Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastllm.backends import explain
+from fastllm.patching import _attention, _head, _mlps, _norms, _probe
+from fastllm.patching._compare import Comparison, compare
+from fastllm.patching._inputs import random_inputs
+from fastllm.patching._probe import Differs
+from fastllm.patching._report import Entry, PatchError, PatchReport
+from fastllm.testing import sample
+
+__all__ = ["Comparison", "Entry", "PatchError", "PatchReport", "compare", "patch", "patched"]
+
+KINDS = ("layer_norm", "rms_norm", "swiglu", "geglu", "gelu", "attention", "linear_cross_entropy")
+"""What `only` and `exclude` may name."""
+
+
+class _Choice:
+    """What `only` and `exclude` leave."""
+
+    def __init__(self, only: Iterable[str] | str | None, exclude: Iterable[str] | str | None):
+        self.only = None if only is None else [only] if isinstance(only, str) else list(only)
+        self.exclude = [exclude] if isinstance(exclude, str) else list(exclude or ())
+        for name in [*(self.only or ()), *self.exclude]:
+            if not isinstance(name, str):
+                raise TypeError(f"patch: only and exclude take names of ops and patterns of paths, got {name!r}")
+
+    def __call__(self, path: str, kind: str) -> bool:
+        def named(patterns: list[str]) -> bool:
+            return any(p == kind if p in KINDS else fnmatch.fnmatchcase(path, p) for p in patterns)
+
+        return (self.only is None or named(self.only)) and not named(self.exclude)
+
+
+def patch(
+    model: nn.Module,
+    *,
+    only: Iterable[str] | str | None = None,
+    exclude: Iterable[str] | str | None = None,
+    verify: bool = True,
+    strict: bool = False,
+) -> PatchReport:
+    """Runs fastllm's ops in this model, wherever they compute what its modules compute.
+
+    Nothing is known of architectures. Modules that look like a norm, a gated feed-forward or a GELU are run beside the
+    op on random inputs, forward and backward, in their own dtype, and replaced if they are the same function to within
+    rounding. Attention goes through transformers' AttentionInterface, and the head with its loss becomes
+    linear_cross_entropy, which needs no logits. Only this instance changes: each replaced module gets a forward of its
+    own; classes, parameters, state_dict and hooks stay as they are.
+
+    In training and with labels the model's output has no logits (None), unless it is called with output_logits=True.
+
+    Args:
+        model: any module; attention and head are found in models of transformers.
+        only, exclude: names of ops ("rms_norm", "layer_norm", "swiglu", "geglu", "gelu", "attention",
+            "linear_cross_entropy"), or patterns of module paths ("model.layers.0.*").
+        verify: run the whole model on a few random tokens with and without the new attention. Single modules are
+            always proven.
+        strict: raise if anything that matched was not replaced; the model is then as before.
+
+    Returns:
+        A `PatchReport`; `print` shows it, `revert()` takes everything back.
+
+    Raises:
+        PatchError: with strict=True. TypeError: for what is no module or no name.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"patch: model must be a torch.nn.Module, got {type(model).__name__}")
+    wanted = _Choice(only, exclude)
+    report = PatchReport(model)
+    with _probe.quiet(model):
+        _patch_modules(report, model, wanted)
+        if hasattr(model, "config") and hasattr(model, "set_attn_implementation"):
+            _patch_attention(report, model, wanted, verify)
+            _patch_head(report, model, wanted)
+    if strict and report.left:
+        message = f"patch: not everything that matched was replaced:\n{report}"
+        report.revert()
+        raise PatchError(message)
+    return report
+
+
+@contextlib.contextmanager
+def patched(model: nn.Module, **kwargs: Any) -> Iterator[PatchReport]:
+    """`patch` inside, `revert` at the end."""
+    report = patch(model, **kwargs)
+    try:
+        yield report
+    finally:
+        report.revert()
+
+
+def _device_and_dtype(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    for parameter in model.parameters():
+        if parameter.dtype.is_floating_point:
+            return parameter.device, parameter.dtype
+    return torch.device("cpu"), torch.float32
+
+
+def _backend(op: str, device: torch.device, dtype: torch.dtype) -> str:
+    args, kwargs = sample(op, device, dtype)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        return explain(op, *args, **kwargs).backend
+
+
+def _patch_modules(report: PatchReport, model: nn.Module, wanted: _Choice) -> None:
+    device, dtype = _device_and_dtype(model)
+    known: dict[tuple, Any] = {}  # what modules of a signature were found to be, or why not
+    backends: dict[str, str] = {}
+    kinds: tuple[ModuleType, ...] = (_norms, _mlps)
+    for path, module in model.named_modules():
+        for kind in kinds:
+            if not kind.matches(module) or not any(wanted(path, op) for op in kind.OPS):
+                continue
+            key = (kind, *kind.signature(module))
+            if key not in known:
+                known[key] = _found(kind, module)
+            found, was = known[key], type(module).__name__
+            if isinstance(found, Differs):
+                report.append(Entry(path, was, reason=str(found)))
+                continue
+            op = kind.op(found)
+            if not wanted(path, op):
+                continue
+            if "forward" in module.__dict__:
+                report.append(Entry(path, was, reason="its forward was replaced already"))
+            else:
+                backends[op] = backends.get(op) or _backend(op, device, dtype)
+                report.set_forward(module, kind.replacement(module, found))
+                report.append(Entry(path, was, op, backends[op]))
+        inside = any(path.startswith(f"{e.path}.") for e in report.replaced)  # a feed-forward that does not call it
+        if not inside and _mlps.may_be_gelu(module) and "forward" not in module.__dict__ and wanted(path, "gelu"):
+            _patch_gelu(report, path, module, known, dtype, device)
+
+
+def _found(kind: ModuleType, module: nn.Module) -> Any:
+    with _probe.quiet(module):
+        try:
+            return kind.find(module)
+        except Differs as differs:
+            return differs
+        except Exception as error:  # a module may be run in its model only
+            return Differs(f"it cannot be run by itself: {type(error).__name__}: {str(error)[:100]}")
+
+
+def _patch_gelu(
+    report: PatchReport, path: str, module: nn.Module, known: dict, dtype: torch.dtype, device: torch.device
+) -> None:
+    key = type(module), str(vars(module))
+    if key not in known:
+        try:
+            _mlps.check_gelu(module, dtype, device)
+            known[key] = True
+        except Exception:  # another activation, or no activation at all: it did not match
+            known[key] = False
+    if known[key]:
+        report.set_forward(module, functools.partial(_mlps.gelu_forward, module))
+        report.append(Entry(path, type(module).__name__, "gelu", "torch"))
+
+
+def _patch_attention(report: PatchReport, model: Any, wanted: _Choice, verify: bool) -> None:
+    was = f"attention: {model.config._attn_implementation}"
+    if not wanted("", "attention"):
+        return
+    reason = _attention.reason_against(model)
+    if reason is None and not _attention.register():
+        reason = "transformers is not installed"
+    if reason is not None:
+        report.append(Entry("", was, reason=reason))
+        return
+    device, dtype = _device_and_dtype(model)
+    inputs = before = None
+    if verify:
+        try:
+            inputs = random_inputs(model, device)
+            before = _outputs(model, inputs)
+        except Exception as error:
+            reason = f"it cannot be run on random inputs: {type(error).__name__}: {str(error)[:100]}"
+            report.append(Entry("", was, reason=reason))
+            return
+    undo = _attention.switch(model)
+    if model.config._attn_implementation != _attention.NAME:
+        undo()
+        report.append(Entry("", was, reason="it keeps its own attention"))
+        return
+    if verify:
+        try:
+            differs = _difference(before, _outputs(model, inputs), dtype)
+        except Exception as error:
+            differs = f"it does not run: {type(error).__name__}: {str(error)[:100]}"
+        if differs:
+            undo()
+            report.append(Entry("", was, reason=differs))
+            return
+    report.on_revert(undo)
+    report.append(Entry("", was, "attention", _backend("attention", device, dtype)))
+
+
+def _outputs(model: Any, inputs: Any) -> list[Tensor]:
+    """Logits or hidden states, and the gradient of a parameter behind the whole model."""
+    model.eval()
+    with torch.enable_grad():
+        output = model(**inputs)
+        out = output["logits"] if "logits" in output else next(v for v in output.values() if isinstance(v, Tensor))
+        cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out.device, out.dtype)
+        leaf = next((p for p in model.parameters() if p.requires_grad), None)
+        grads = [] if leaf is None else torch.autograd.grad(out, leaf, cotangent, allow_unused=True)
+    return [out.detach(), *(grad for grad in grads if grad is not None)]
+
+
+def _difference(before: Any, after: list[Tensor], dtype: torch.dtype) -> str | None:
+    for what, a, b in zip(("output", "gradient"), before, after, strict=False):
+        a, b = a.double(), b.double()
+        largest, worst = float(a.abs().max()), float((a - b).abs().max())
+        if not worst <= 1000 * torch.finfo(dtype).eps ** (1.0 if dtype == torch.float32 else 1.5) * largest:
+            return f"the {what} of the whole model differs by {worst:.1e} where the largest is {largest:.1e}"
+    return None
+
+
+def _patch_head(report: PatchReport, model: Any, wanted: _Choice) -> None:
+    module = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if module is None:
+        return
+    path = next((path for path, m in model.named_modules() if m is module), "")
+    was = f"{type(module).__name__} and loss"
+    if not wanted(path, "linear_cross_entropy"):
+        return
+    device, dtype = _device_and_dtype(model)
+    try:
+        if "forward" in model.__dict__:
+            raise Differs("the model's forward was replaced already")
+        model.eval()
+        head = _head.find(model, random_inputs(model, device))
+    except Differs as differs:
+        report.append(Entry(path, was, reason=str(differs)))
+        return
+    except Exception as error:
+        reason = f"it cannot be run on random inputs: {type(error).__name__}: {str(error)[:100]}"
+        report.append(Entry(path, was, reason=reason))
+        return
+    _head.install(report, model, head)
+    report.append(Entry(path, was, "linear_cross_entropy", _backend("linear_cross_entropy", device, dtype)))

@@ -1,0 +1,105 @@
+"""A patched model beside itself unpatched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class Comparison:
+    """The largest differences, each beside the largest absolute value: (difference, largest).
+
+    Attributes:
+        loss, logits: None where the model gave none.
+        gradients: by parameter name.
+        layers: outputs of modules by path, in the order that they ran in.
+    """
+
+    loss: tuple[float, float] | None = None
+    logits: tuple[float, float] | None = None
+    gradients: dict[str, tuple[float, float]] = field(default_factory=dict)
+    layers: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        rows = [("loss", self.loss), ("logits", self.logits)]
+        rows += [(f"layer {path}", value) for path, value in self.layers.items()]
+        rows += [(f"gradient {name}", value) for name, value in self.gradients.items()]
+        return "\n".join(f"{name:<60} {v[0]:.2e} of {v[1]:.2e}" for name, v in rows if v is not None)
+
+    @property
+    def worst(self) -> float:
+        """The largest of all differences, each relative to the largest value of its tensor."""
+        found = [self.loss, self.logits, *self.gradients.values(), *self.layers.values()]
+        pairs = [pair for pair in found if pair is not None]
+        return max((difference / (largest or 1.0) for difference, largest in pairs), default=0.0)
+
+
+def _difference(a: Tensor, b: Tensor) -> tuple[float, float]:
+    a, b = a.detach().double(), b.detach().double()
+    return float((a - b).abs().max()) if a.numel() else 0.0, float(a.abs().max()) if a.numel() else 0.0
+
+
+class _Run:
+    """One forward and backward, with the outputs of the model's layers."""
+
+    def __init__(self, model: nn.Module, batch: Mapping[str, Any], paths: set[str], seed: int):
+        self.layers: dict[str, Tensor] = {}
+        handles = [m.register_forward_hook(self._take(p)) for p, m in model.named_modules() if p in paths]
+        torch.manual_seed(seed)
+        try:
+            self.output = model(**batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+        self.loss = self.output.get("loss") if isinstance(self.output, Mapping) else self.output
+        self.grads: dict[str, Tensor] = {}
+        if isinstance(self.loss, Tensor) and self.loss.requires_grad:
+            named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+            grads = torch.autograd.grad(self.loss, list(named.values()), allow_unused=True)
+            self.grads = {n: g for n, g in zip(named, grads, strict=True) if g is not None}
+
+    def _take(self, path: str):
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            first = output[0] if isinstance(output, tuple) and output else output
+            if isinstance(first, Tensor):
+                self.layers[path] = first.detach()
+
+        return hook
+
+
+def compare(model: nn.Module, batch: Mapping[str, Any], *, seed: int = 0, **patch: Any) -> Comparison:
+    """Runs the model unpatched and patched on one batch and says where they differ.
+
+    Args:
+        model: not patched.
+        batch: its keyword arguments, with labels for the loss and the gradients.
+        seed: of both runs' dropout; the masks of fused and unfused ops differ, so compare in eval mode or without it.
+        **patch: as `patch` takes them.
+
+    Returns:
+        A `Comparison`; `print` shows it layer by layer.
+    """
+    from fastllm.patching import patched
+
+    # Blocks of layers and what they consist of: the leaves run other code.
+    paths = {path for path, m in model.named_modules() if path and any(True for _ in m.children())}
+    before = _Run(model, batch, paths, seed)
+    with patched(model, **patch):
+        after = _Run(model, batch, paths, seed)
+    result = Comparison()
+    if isinstance(before.loss, Tensor) and isinstance(after.loss, Tensor):
+        result.loss = _difference(before.loss, after.loss)
+    logits = [run.output.get("logits") if isinstance(run.output, Mapping) else None for run in (before, after)]
+    if all(isinstance(x, Tensor) for x in logits):
+        result.logits = _difference(*logits)  # type: ignore[arg-type]
+    for path, x in before.layers.items():
+        if path in after.layers and after.layers[path].shape == x.shape:
+            result.layers[path] = _difference(x, after.layers[path])
+    for name, grad in before.grads.items():
+        result.gradients[name] = _difference(grad, after.grads.get(name, torch.zeros_like(grad)))
+    return result

@@ -1,0 +1,241 @@
+"""The language-model head and its loss as one: the logits of a training step are never held whole."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastllm import backends, ops
+from fastllm.patching._probe import SAME, Differs
+from fastllm.testing import rounding_floor
+
+
+class Head:
+    """What head, loss and model share while a loss is computed."""
+
+    def __init__(self, scale: float = 1.0, softcap: float = 0.0, shift: bool = True):
+        self.scale, self.softcap = scale, softcap
+        self.shift = shift  # a position's target is the next label, not its own
+        self.deferred = False
+        self.hidden: Tensor | None = None
+
+
+def head_forward(module: nn.Module, head: Head, hidden: Tensor) -> Tensor:
+    if not head.deferred:
+        return type(module).forward(module, hidden)
+    head.hidden = hidden
+    # What follows until the loss (a scale, a softcap) is in `Head`; whatever it makes of this is not looked at.
+    return hidden
+
+
+def fused_loss(
+    head: Head,
+    hidden: Tensor,
+    module: Any,
+    labels: Tensor,
+    num_items_in_batch: Tensor | float | None = None,
+    ignore_index: int = -100,
+    shift_labels: Tensor | None = None,
+) -> Tensor:
+    """transformers' ForCausalLMLoss of head(hidden), or ForMaskedLMLoss."""
+    if shift_labels is None and not head.shift:
+        shift_labels = labels
+    elif shift_labels is None:
+        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    weight, bias = module.weight, getattr(module, "bias", None)
+    if head.scale != 1.0:
+        hidden = hidden * head.scale
+        bias = None if bias is None else bias * head.scale
+    loss: Any = ops.linear_cross_entropy(
+        hidden.flatten(0, -2), weight, shift_labels.flatten().to(hidden.device), linear_bias=bias,
+        reduction="mean" if num_items_in_batch is None else "sum", ignore_index=ignore_index, softcap=head.softcap,
+        dtype=torch.float32,
+    )  # fmt: skip
+    if num_items_in_batch is None:
+        return loss
+    if isinstance(num_items_in_batch, Tensor):
+        num_items_in_batch = num_items_in_batch.to(loss.device)
+    return loss / num_items_in_batch
+
+
+def loss_function(
+    model: Any, head: Head, original: Callable, logits: Tensor, labels: Tensor, vocab_size: int, **kwargs: Any
+) -> Tensor:
+    if head.hidden is None:
+        return original(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+    hidden, head.hidden = head.hidden, None
+    known = ("num_items_in_batch", "ignore_index", "shift_labels")
+    return fused_loss(
+        head, hidden, model.get_output_embeddings(), labels, **{k: v for k, v in kwargs.items() if k in known}
+    )
+
+
+def model_forward(model: Any, head: Head, *args: Any, output_logits: bool = False, **kwargs: Any) -> Any:
+    """The model's forward. In training, with labels, its logits are None, unless `output_logits=True` asks for them."""
+    original = type(model).forward
+    plain = not model.training or output_logits or kwargs.get("labels") is None
+    if plain or kwargs.get("return_dict") is False or not getattr(model.config, "return_dict", True):
+        return original(model, *args, **kwargs)
+    head.deferred = True
+    try:
+        output = original(model, *args, **kwargs)
+    finally:
+        head.deferred, head.hidden = False, None
+    return type(output)(**{key: value for key, value in output.items() if key != "logits"})
+
+
+def install(report: Any, model: Any, head: Head) -> None:
+    """Sets the three forwards on this model."""
+    module = model.get_output_embeddings()
+    report.set_forward(module, functools.partial(head_forward, module, head))
+    before = model.__dict__.get("_loss_function")
+    model.loss_function = functools.partial(loss_function, model, head, model.loss_function)
+
+    def undo() -> None:
+        if before is None:
+            model.__dict__.pop("_loss_function", None)
+        else:
+            model._loss_function = before
+
+    report.on_revert(undo)
+    forward = functools.partial(model_forward, model, head)
+    parameters = inspect.signature(functools.partial(type(model).forward, model)).parameters.values()
+    # Trainers and `generate` look at what the forward takes. Without annotations, which may not be pickled.
+    forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [p.replace(annotation=inspect.Parameter.empty) for p in parameters]
+    )
+    report.set_forward(model, forward)
+
+
+def find(model: Any, inputs: dict[str, Tensor]) -> Head:
+    """What lies between the head's logits and the loss: a scale and a softcap, read off what the loss is given when the
+    head gives numbers that are known.
+
+    Raises:
+        Differs: if the model has no such head and loss, or computes something else.
+    """
+    module = getattr(model, "get_output_embeddings", lambda: None)()
+    weight = getattr(module, "weight", None)
+    if module is None or weight is None or weight.dim() != 2:
+        raise Differs("it has no linear output embeddings")
+    if "forward" in module.__dict__:
+        raise Differs("the forward of its head was replaced already")
+    if not weight.dtype.is_floating_point or getattr(model, "loss_function", None) is None:
+        raise Differs("it has no loss_function")
+    classes = weight.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    known = torch.randn(1, _length(inputs), classes, generator=generator) * 20
+    known[0, 0] = 1e-3 * known[0, 0].sign()
+    known[0, 1] = 1e6
+    known = known.to(weight.device)
+    seen = _logits_of_the_loss(model, module, inputs, known)
+    if seen is None:
+        raise Differs("its loss is not computed by its loss_function")
+    if seen.numel() != known.numel():
+        raise Differs(f"its loss is given logits of shape {tuple(seen.shape)}")
+    seen = seen.detach().double().view(known.shape)
+    scale = float((seen[0, 0] / known[0, 0].double()).median())
+    top = float(seen[0, 1].max())
+    softcap = top if top < 0.5 * scale * 1e6 else 0.0
+    scaled = scale * known.double()
+    computed = softcap * torch.tanh(scaled / softcap) if softcap else scaled
+    error = float((computed - seen)[0, 2:].abs().max())
+    if not scale > 0 or not math.isfinite(scale) or not error <= 1e-3 * float(seen[0, 2:].abs().max()):
+        raise Differs("what happens to its logits before the loss is more than a scale and a softcap")
+    reason = None
+    for shift in (True, False):
+        head = Head(_plain(scale), _plain(softcap), shift)
+        try:
+            _check_loss(model, module, head)
+        except Differs as differs:
+            reason = reason or differs
+        else:
+            return head
+    assert reason is not None
+    raise reason
+
+
+def _plain(number: float) -> float:
+    """As it was written: float32 has seven digits of it."""
+    return float(f"{number:.6g}")
+
+
+def _length(inputs: dict[str, Tensor]) -> int:
+    return next(x for name, x in inputs.items() if "decoder" in name or name == "input_ids").shape[1]
+
+
+def _logits_of_the_loss(model: Any, module: nn.Module, inputs: dict[str, Tensor], known: Tensor) -> Tensor | None:
+    """What the loss_function gets when the head gives `known`."""
+    seen: list[Tensor] = []
+    before = model.__dict__.get("_loss_function")
+
+    def take(logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        seen.append(logits)
+        return logits.sum() * 0
+
+    model.loss_function = take
+    dtype = module.weight.dtype
+    module.__dict__["forward"] = lambda hidden: known.to(dtype if isinstance(dtype, torch.dtype) else torch.float32)
+    labels = torch.zeros(1, known.shape[1], dtype=torch.int64, device=known.device)
+    try:
+        with torch.no_grad():
+            type(model).forward(model, **inputs, labels=labels)
+    except Exception as error:
+        raise Differs(f"it cannot be run on random inputs: {type(error).__name__}: {error}") from error
+    finally:
+        del module.__dict__["forward"]
+        if before is None:
+            model.__dict__.pop("_loss_function", None)
+        else:
+            model._loss_function = before
+    return seen[0] if seen else None
+
+
+def _check_loss(model: Any, module: Any, head: Head) -> None:
+    """The loss and its gradients beside the model's own, on random hidden states."""
+    weight = module.weight
+    classes = weight.shape[0]
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(2, 6, weight.shape[1], generator=generator).to(weight.device, weight.dtype)
+    labels = torch.randint(classes, (2, 6), generator=generator).to(weight.device)
+    labels[0, 3] = -100
+
+    def stock(hidden: Tensor) -> Tensor:
+        logits = type(module).forward(module, hidden) * head.scale
+        if head.softcap:
+            logits = head.softcap * torch.tanh(logits / head.softcap)
+        return model.loss_function(logits=logits, labels=labels, vocab_size=classes)
+
+    def ours(hidden: Tensor) -> Tensor:
+        return fused_loss(head, hidden, module, labels)
+
+    with torch.enable_grad():
+        results = []
+        for fn in (ours, stock):
+            x = hidden.detach().requires_grad_()
+            try:
+                loss = fn(x)
+            except Exception as error:
+                raise Differs(f"its loss cannot be run: {type(error).__name__}: {error}") from error
+            results.append((loss.detach(), torch.autograd.grad(loss, x)[0]))
+        bias = getattr(module, "bias", None)
+        wide: Any = nn.Module()
+        wide.weight, wide.bias = weight.detach().double(), None if bias is None else bias.detach().double()
+        x = hidden.detach().double().requires_grad_()
+        with backends.use_backend("reference"):
+            loss = fused_loss(head, x, wide, labels)
+        truth = loss.detach(), torch.autograd.grad(loss, x)[0]
+    for what, mine, theirs, true in zip(("loss", "gradient"), *results, truth, strict=True):
+        largest = float(true.abs().max())
+        missed, rounding = (float((t.double() - true.double()).abs().max()) for t in (mine, theirs))
+        if not rounding <= SAME * torch.finfo(weight.dtype).eps * max(largest, 1.0):
+            raise Differs(f"its {what} differs by {rounding:.1e} where the largest is {largest:.1e}")
+        if not missed <= 2 * rounding + rounding_floor(true, theirs.dtype, cancelling=1.0):
+            raise Differs(f"{what}: error {missed:.1e}, its own {rounding:.1e}")

@@ -1,0 +1,115 @@
+"""Modules that compute LayerNorm or RMSNorm of the last dimension, whatever they call themselves."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastllm import ops
+from fastllm.patching import _probe
+from fastllm.patching._probe import Differs
+
+
+class Norm(NamedTuple):
+    """What a module computes."""
+
+    centered: bool  # LayerNorm
+    offset: float  # added to the weight
+    eps: float
+    widened: bool  # the result has the dtype that input and weight promote to, not the input's
+
+
+def norm(kind: Norm, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    shape = x.shape[-1:] if weight is None else weight.shape
+    if weight is not None and kind.offset:
+        weight = weight + kind.offset
+    if kind.centered:
+        y = ops.layer_norm(x, shape, weight, bias, kind.eps)
+    else:
+        y = ops.rms_norm(x, shape, weight, kind.eps)
+    return y.to(torch.promote_types(x.dtype, weight.dtype)) if kind.widened and weight is not None else y
+
+
+def forward(module: nn.Module, kind: Norm, names: tuple[str | None, str | None], x: Tensor) -> Tensor:
+    """The forward of a patched module; its parameters are looked up, for others may exchange them."""
+    weight, bias = (None if name is None else getattr(module, name) for name in names)
+    return norm(kind, x, weight, bias)
+
+
+def matches(module: nn.Module) -> bool:
+    """No submodules, one parameter of one dimension, or two of one shape; a number that could be eps."""
+    parameters = list(module.parameters(recurse=False))
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        return bool(parameters)
+    plain = not any(True for _ in module.children()) and len(parameters) in (1, 2)
+    return plain and all(p.dim() == 1 and p.shape == parameters[0].shape for p in parameters) and bool(_eps(module))
+
+
+OPS = ("layer_norm", "rms_norm")
+
+
+def _eps(module: nn.Module) -> list[float]:
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        return [] if module.eps is None else [module.eps]
+    return [value for value in vars(module).values() if isinstance(value, float) and 0 < value < 1e-1]
+
+
+def signature(module: nn.Module) -> tuple:
+    """Modules of one signature are probed once."""
+    parameters = tuple((n, tuple(p.shape), p.dtype, p.device, p.requires_grad) for n, p in module.named_parameters())
+    return type(module), parameters, tuple(_eps(module))
+
+
+def find(module: nn.Module) -> tuple[Norm, tuple[str | None, str | None]]:
+    """What the module computes, and the names of its weight and bias.
+
+    Raises:
+        Differs: if that is no norm.
+    """
+    named = dict(module.named_parameters(recurse=False))
+    names = sorted(named, key=lambda name: "bias" in name)
+    weight_name, bias_name = names[0], names[1] if len(names) > 1 else None
+    if bias_name is not None and "bias" not in bias_name:
+        raise Differs(f"its parameters are called {', '.join(names)}")
+    weight = named[weight_name]
+    size = weight.numel()
+    if module.training is None or weight.dim() != 1:
+        raise Differs(f"it normalizes {weight.dim()} dimensions")
+    epsilons = _eps(module) or [torch.finfo(torch.float32).eps]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 5, size, generator=generator)
+    x[0] *= max(epsilons) ** 0.5  # where eps counts
+    x[1] += 1  # where the mean does
+    x = x.to(weight.device, weight.dtype)
+    kinds = [
+        Norm(centered, offset, eps, False)
+        for eps in epsilons
+        for offset in (0.0, 1.0)
+        for centered in ((True,) if bias_name else (False, True))
+    ]
+
+    def attempt(kind: Norm) -> None:
+        def computed(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+            return norm(kind, x, weight, bias)
+
+        _probe.check(module, lambda x: computed(x, *(named[n] for n in names)), computed, x)
+
+    (kind,) = _probe.first_match([(kind,) for kind in kinds], attempt)
+    if weight.dtype != torch.float32:
+        return kind, (weight_name, bias_name)
+    # Fed 16 bits, as autocast does: modules differ in whether a float32 weight widens the result.
+    with torch.no_grad():
+        out = type(module).forward(module, x.to(torch.bfloat16))
+    return kind._replace(widened=out.dtype == torch.float32), (weight_name, bias_name)
+
+
+def replacement(module: nn.Module, found: tuple[Norm, tuple[str | None, str | None]]) -> Callable:
+    return functools.partial(forward, module, *found)
+
+
+def op(found: tuple[Norm, tuple[str | None, str | None]]) -> str:
+    return "layer_norm" if found[0].centered else "rms_norm"

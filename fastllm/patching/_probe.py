@@ -1,0 +1,101 @@
+"""Whether a replacement computes what the module does: both run on random inputs, forward and backward.
+
+With `truth` the replacement in float64, the module must be its rounding, max|module - truth| <= 32 eps max|truth|, and
+the replacement no worse than twice that error and a floor of roundings, for the output and every gradient.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastllm import backends
+from fastllm.testing import rounding_floor
+
+SAME = 32
+"""Roundings of its dtype by which a module may miss the function that it is taken for."""
+
+
+class Differs(Exception):
+    """The replacement is not what the module computes, or that cannot be found out; the message says why."""
+
+
+@contextlib.contextmanager
+def quiet(module: nn.Module) -> Iterator[None]:
+    """Leaves no trace of a probe: random state, modes, hooks that would see it."""
+    modes = [(m, m.training) for m in module.modules()]
+    devices = [p.device for p in module.parameters() if p.device.type == "cuda"][:1]
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            for m, mode in modes:
+                m.training = mode
+
+
+def _run(fn: Callable, x: Tensor, parameters: Sequence[Tensor], cotangent: Tensor | None) -> list[Tensor]:
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        out = fn(x)
+        if not isinstance(out, Tensor):
+            raise Differs(f"it returns {type(out).__name__}, not a tensor")
+        if cotangent is None:
+            cotangent = torch.randn(out.shape, device=out.device, dtype=torch.float32)
+        leaves = [x, *(p for p in parameters if p.requires_grad)]
+        grads = torch.autograd.grad(out, leaves, cotangent.to(out.dtype), allow_unused=True)
+    if any(grad is None for grad in grads):
+        raise Differs("it does not use all of its input and parameters")
+    return [out.detach(), *grads, cotangent]  # type: ignore[list-item]
+
+
+def check(module: nn.Module, replacement: Callable, truth: Callable, x: Tensor) -> None:
+    """Compares forward and backward in training and in evaluation mode.
+
+    Args:
+        replacement: takes x; computes with the module's own parameters.
+        truth: takes x and copies of the parameters, all in float64.
+
+    Raises:
+        Differs: with the largest difference.
+    """
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    doubles = [p.detach().double().requires_grad_() for p in module.parameters()]
+    wide = [d for d, p in zip(doubles, module.parameters(), strict=True) if p.requires_grad]
+    original = type(module).forward
+    for mode in (True, False):
+        module.train(mode)
+        with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+            *theirs, cotangent = _run(lambda x: original(module, x), x, parameters, None)
+        *ours, _ = _run(replacement, x, parameters, cotangent)
+        with backends.use_backend("reference"):
+            *exact, _ = _run(lambda x: truth(x, *doubles), x.double(), wide, cotangent)
+        for i, (mine, stock, true) in enumerate(zip(ours, theirs, exact, strict=True)):
+            what = "output" if i == 0 else f"gradient {i}"
+            if mine.dtype != stock.dtype or mine.shape != stock.shape:
+                raise Differs(f"{what}: {stock.dtype} {tuple(stock.shape)}, not {mine.dtype} {tuple(mine.shape)}")
+            largest = float(true.abs().max())
+            error, rounding = (float((t.double() - true).abs().max()) for t in (mine, stock))
+            if not rounding <= SAME * torch.finfo(stock.dtype).eps * largest:
+                raise Differs(f"{what} differs by {rounding:.1e} where the largest is {largest:.1e}")
+            if not error <= 2 * rounding + rounding_floor(true, stock.dtype, cancelling=largest):
+                raise Differs(f"{what}: error {error:.1e}, the module's own {rounding:.1e}")
+
+
+def first_match(candidates: Sequence[tuple], attempt: Callable) -> tuple:
+    """The first candidate that `attempt` does not refuse.
+
+    Raises:
+        Differs: the refusal of the candidate that came closest is not known; the last one's.
+    """
+    reason = Differs("nothing that fastllm computes fits its structure")
+    for candidate in candidates:
+        try:
+            attempt(*candidate)
+        except Differs as differs:
+            reason = differs
+        else:
+            return candidate
+    raise reason

@@ -1,0 +1,382 @@
+"""What `fastllm.patch` promises beside equal numbers: it can be taken back, and nothing else notices."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fastllm
+from fastllm.patching import PatchError, compare, patch, patched
+
+
+class RMS(nn.Module):
+    """An RMSNorm of nobody's, in the ways that models write it."""
+
+    def __init__(self, size=16, offset=0.0, native=False):
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(size) * 0.1 + (1 - offset))
+        self.tiny, self.offset, self.native = 1e-4, offset, native
+
+    def forward(self, hidden):
+        x = hidden.float()
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.tiny)
+        if self.native:
+            return (self.offset + self.scale) * x.to(hidden.dtype)
+        return ((self.offset + self.scale.float()) * x).to(hidden.dtype)
+
+
+class Center(RMS):
+    """Looks like one and is none: the mean is taken off, the deviation is not."""
+
+    def forward(self, hidden):
+        return self.scale * (hidden - hidden.mean(-1, keepdim=True)) + self.tiny
+
+
+class Feed(nn.Module):
+    def __init__(self, act=F.silu, order="gate", packed=False):
+        super().__init__()
+        self.wide = nn.Linear(16, 48 if packed else 24)
+        self.other = None if packed else nn.Linear(16, 24)
+        self.back = nn.Linear(24, 16)
+        self.act_fn, self.order, self.packed = act, order, packed
+
+    def forward(self, x):
+        a, b = self.wide(x).chunk(2, -1) if self.packed else (self.wide(x), self.other(x))
+        return self.back(self.act_fn(a) * b if self.order == "gate" else a * self.act_fn(b))
+
+
+class Dropping(Feed):
+    def forward(self, x):
+        return F.dropout(super().forward(x), 0.5, self.training)
+
+
+def results(module, x, train=True):
+    module.train(train)
+    x = x.clone().requires_grad_()
+    out = module(x)
+    leaves = [x, *module.parameters()]
+    return [out.detach(), *torch.autograd.grad(out.float().square().sum(), leaves)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("native", [False, True])
+def test_norms_under_any_name(dtype, offset, native):
+    module = RMS(offset=offset, native=native).to(dtype)
+    x = torch.randn(3, 16).to(dtype)
+    before = results(module, x)
+    report = patch(module)
+    assert [entry.now for entry in report] == ["rms_norm"], report
+    tolerance = {} if dtype == torch.float32 else {"rtol": 3e-2, "atol": 3e-2}
+    torch.testing.assert_close(results(module, x), before, **tolerance)  # dtypes, too
+
+
+def test_a_weight_of_float32_and_an_input_of_16_bits():
+    for native, dtype in ((True, torch.float32), (False, torch.bfloat16)):
+        module = RMS(native=native)
+        x = torch.randn(3, 16).bfloat16()
+        assert module(x).dtype == dtype
+        patch(module)
+        assert module(x).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    "norm", [nn.LayerNorm(16), nn.LayerNorm(16, bias=False), nn.RMSNorm(16), nn.RMSNorm(16, eps=0.1)]
+)
+def test_norms_of_torch(norm):
+    x = torch.randn(4, 16)
+    before = results(norm, x)
+    assert patch(norm).replaced
+    torch.testing.assert_close(results(norm, x), before)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("order", ["gate", "up"])
+@pytest.mark.parametrize(
+    ("act", "op"),
+    [(F.silu, "swiglu"), (F.gelu, "geglu"), (lambda x: F.gelu(x, approximate="tanh"), "geglu"), (F.relu, None)],
+)
+def test_gated_feed_forwards(act, op, order, packed):
+    module = Feed(act, order, packed)
+    x = torch.randn(3, 16)
+    before = results(module, x)
+    report = patch(module)
+    if op is None or (packed and order == "up"):
+        assert not report.replaced
+        assert "differs" in report.left[0].reason
+        return
+    assert [entry.now for entry in report] == [op]
+    torch.testing.assert_close(results(module, x), before)
+
+
+def test_what_only_looks_like_it_is_left_and_said_so():
+    model = nn.Sequential(Center(), Dropping(), RMS())
+    report = patch(model)
+    assert [entry.path for entry in report.replaced] == ["2"]
+    assert {entry.path for entry in report.left} == {"0", "1"}
+    assert "left: output differs by" in str(report)
+    assert report.to_dict()["entries"][0]["reason"] == report[0].reason
+    report.revert()
+    with pytest.raises(PatchError, match="not everything that matched was replaced"):
+        patch(model, strict=True)
+    assert not any("forward" in m.__dict__ for m in model.modules())
+    assert patch(model, strict=True, only="*2").replaced
+
+
+def test_only_and_exclude():
+    model = nn.ModuleDict({"a": RMS(), "b": nn.LayerNorm(16), "c": Feed()})
+    for kwargs, expected in (
+        ({"only": "rms_norm"}, {"a"}),
+        ({"only": ["layer_norm", "c"]}, {"b", "c"}),
+        ({"exclude": ["a", "swiglu"]}, {"b"}),
+        ({"exclude": "*"}, set()),
+    ):
+        with patched(model, **kwargs) as report:
+            assert {entry.path for entry in report.replaced} == expected
+    with pytest.raises(TypeError, match="got 3"):
+        patch(model, only=[3])
+    with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got str"):
+        patch("gpt2")
+
+
+def test_one_instance_and_no_other():
+    one, two = RMS(), RMS()
+    with patched(one):
+        assert "forward" in one.__dict__
+        assert "forward" not in two.__dict__
+        assert type(one) is RMS
+        assert patch(one).left[0].reason == "its forward was replaced already"
+    assert "forward" not in one.__dict__
+
+
+def test_hooks_stay_and_run():
+    module, seen = RMS(), []
+    module.register_forward_hook(lambda *args: seen.append("forward"))
+    module.register_full_backward_hook(lambda *args: seen.append("backward"))
+    report = patch(module)
+    assert seen == []  # probes are not seen
+    module(torch.randn(2, 16, requires_grad=True)).sum().backward()
+    report.revert()
+    module(torch.randn(2, 16))
+    assert seen == ["forward", "backward", "forward"]
+
+
+def test_a_forward_of_somebody_else_is_not_taken_away():
+    module = RMS()
+    report = patch(module)
+    module.forward = lambda x: x
+    with pytest.raises(PatchError, match="replaced by somebody else"):
+        report.revert()
+    assert module(torch.ones(16)).sum() == 16
+
+
+def test_random_state_modes_and_gradients_stay():
+    model = nn.Sequential(RMS(), Feed(), nn.LayerNorm(16))
+    model[1].eval()
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    patch(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (model[0].training, model[1].training) == (True, False)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_one_probe_for_equal_layers():
+    layers = [m for _ in range(24) for m in (RMS(256), Feed())]
+    model = nn.Sequential(*layers)
+    start = time.perf_counter()
+    patch(model)
+    assert time.perf_counter() - start < 2
+
+
+def test_parameters_are_looked_up_when_it_runs():
+    """Optimizers, weight tying and loaders exchange them."""
+    module = RMS()
+    patch(module)
+    module.scale = nn.Parameter(torch.full((16,), 2.0))
+    x = torch.randn(3, 16)
+    torch.testing.assert_close(module(x), RMS.forward(module, x))
+
+
+# Models of transformers
+
+transformers = pytest.importorskip("transformers")
+from patch_models import assert_same, batch, model_of, run  # noqa: E402
+
+transformers.utils.logging.set_verbosity_error()
+
+
+@pytest.fixture(params=["gpt2", "llama"])
+def model(request):
+    return model_of(request.param).train()
+
+
+def test_copies_and_pickles_of_a_patched_model(model):
+    inputs = batch(model)
+    expected = run(model, inputs, True)
+    patch(model)
+    clone = copy.deepcopy(model)
+    thawed = pickle.loads(pickle.dumps(model))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()  # the copies must not look here
+    for other in (clone, thawed):
+        assert sum("forward" in m.__dict__ for m in other.modules()) > 4
+        assert_same(run(other, inputs, True), expected)
+        assert "logits" not in other(**inputs)
+    buffer = io.BytesIO()
+    torch.save(thawed, buffer)
+    buffer.seek(0)
+    assert_same(run(torch.load(buffer, weights_only=False), inputs, True), expected)
+
+
+def test_saving_and_loading(model, tmp_path):
+    inputs = batch(model)
+    expected = run(model, inputs, False)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    implementation = model.config._attn_implementation
+    report = patch(model)
+    assert list(model.state_dict()) == list(state)
+    model.load_state_dict(state)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert loaded.config._attn_implementation != "fastllm"
+    assert_same(run(loaded, inputs, False), expected)
+    report.revert()
+    assert model.config._attn_implementation == implementation
+
+
+def test_an_optimizer_made_before(model):
+    inputs = batch(model)
+    twin = copy.deepcopy(model)
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2) for m in (model, twin)]
+    patch(model)
+    losses = []
+    for m, optimizer in zip((model, twin), optimizers, strict=True):
+        losses.append([])
+        for _ in range(5):
+            loss = m(**inputs).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[-1].append(float(loss.detach()))
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-4)
+    assert losses[0][-1] < losses[0][0] - 0.5
+
+
+def test_logits_in_training_only_when_asked_for(model):
+    inputs = batch(model)
+    wanted = model(**inputs)
+    patch(model)
+    assert model(**inputs).logits is None
+    torch.testing.assert_close(model(**inputs, output_logits=True).logits, wanted.logits)
+    torch.testing.assert_close(model.eval()(**inputs).logits, wanted.logits)
+    model.train()
+    torch.testing.assert_close(model(input_ids=inputs["input_ids"]).logits, wanted.logits)
+    loss, logits = model(**inputs, return_dict=False)[:2]
+    torch.testing.assert_close((loss, logits), (wanted.loss, wanted.logits))
+
+
+def test_the_loss_of_an_accumulation_window(model):
+    inputs = batch(model)
+    wanted = model(**inputs, num_items_in_batch=torch.tensor(50)).loss
+    patch(model)
+    torch.testing.assert_close(model(**inputs, num_items_in_batch=torch.tensor(50)).loss, wanted)
+
+
+def test_gradient_checkpointing(model):
+    inputs = batch(model)
+    expected = run(model, inputs, True)
+    patch(model)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert_same(run(model, inputs, True), expected)
+
+
+def test_compile_breaks_the_graph_nowhere_new(model):
+    from torch._dynamo.utils import counters
+
+    inputs = batch(model)
+
+    def breaks(m):
+        torch.compiler.reset()
+        counters.clear()
+        loss = torch.compile(m, backend="aot_eager")(**inputs).loss
+        loss.backward()
+        return sum(counters["graph_break"].values()), float(loss.detach())
+
+    before = breaks(copy.deepcopy(model))
+    patch(model)
+    after = breaks(model)
+    assert after[0] <= before[0]
+    assert abs(after[1] - before[1]) < 1e-4
+
+
+def test_patching_a_compiled_model(model):
+    inputs = batch(model)
+    expected = float(model(**inputs).loss.detach())
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    report = patch(compiled)
+    assert len(report.replaced) > 4
+    assert abs(float(compiled(**inputs).loss.detach()) - expected) < 1e-4
+
+
+def test_export_of_a_patched_model():
+    model = model_of("gpt2").eval()
+    ids = batch(model)["input_ids"]
+    wanted = model(ids, use_cache=False).logits
+    patch(model)
+    program = torch.export.export(model, (ids,), {"use_cache": False}, strict=False)
+    assert "fastllm.layer_norm_fwd" in str(program.graph)
+    torch.testing.assert_close(program.module()(ids, use_cache=False).logits, wanted)
+
+
+def test_compare(model):
+    model.eval()
+    comparison = compare(model, batch(model))
+    assert comparison.worst < 1e-4
+    assert comparison.loss is not None
+    assert comparison.logits is not None
+    assert len(comparison.gradients) == len(list(model.parameters()))
+    assert any("mlp" in path for path in comparison.layers)
+    assert "loss" in str(comparison)
+    assert not any("forward" in m.__dict__ for m in model.modules())
+
+
+def test_attention_weights_where_they_are_asked_for():
+    model = model_of("llama").eval()
+    inputs = {k: v for k, v in batch(model, padded=True).items() if k != "labels"}
+    model.set_attn_implementation("eager")
+    wanted = model(**inputs, output_attentions=True)
+    patch(model)
+    got = model(**inputs, output_attentions=True)
+    assert len(got.attentions or ()) == len(wanted.attentions)
+    torch.testing.assert_close(got.attentions, wanted.attentions)
+
+
+def test_wrong_attention_is_noticed(monkeypatch):
+    """The trap: without a mask, causality is lost. The check of the whole model sees it."""
+    from fastllm.patching import _attention
+
+    model = model_of("llama")
+    blind = lambda module, q, k, v, mask, **kwargs: (F.scaled_dot_product_attention(q, k, v, enable_gqa=True).mT, None)  # noqa: E731
+    monkeypatch.setattr(_attention, "attention", blind)
+    report = patch(model)
+    monkeypatch.undo()
+    _attention.register()
+    reasons = [entry.reason for entry in report.left if entry.was.startswith("attention")]
+    assert len(reasons) == 1
+    assert model.config._attn_implementation != "fastllm"
+
+
+def test_it_is_exported():
+    assert fastllm.patch is patch
+    assert fastllm.patched is patched
+    assert fastllm.compare is compare

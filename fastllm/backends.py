@@ -294,7 +294,8 @@ def explain(op: str | Callable, *args, **kwargs) -> Explanation:
         raise ValueError(f"explain: unknown op {op!r}; known are {', '.join(ops.__all__)}")
     function = getattr(ops, op) if isinstance(op, str) else op
     explanation = Explanation()
-    with _explain_lock:
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with _explain_lock, torch.random.fork_rng(devices=devices):  # ops with dropout draw a seed
         _set_state(_forced, explanation)
         try:
             function(*args, **kwargs)  # with gradients, if they are on: backends differ in those they give

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -68,11 +69,11 @@ def rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
-def launch(kernel, grid: tuple[int, ...], config: Config, **args) -> None:
-    """Starts `kernel` on the tensors' device, on its current stream. Floating-point fusion is asked for by name:
-    Triton's default changes."""
+def launch(kernel, grid: tuple[int, ...], config: Config, *, fusion: Any = True, **args) -> None:
+    """Starts `kernel` on the tensors' device, on its current stream. Floating-point fusion is said by name: Triton's
+    default changes. Without it a product that is subtracted from its own rounding leaves zero."""
     with torch.cuda.device_of(next(arg for arg in args.values() if isinstance(arg, Tensor))):
-        kernel[grid](**args, **config.blocks, num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True)
+        kernel[grid](**args, **config.blocks, num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=fusion)
 
 
 # Tuning, on demand

@@ -35,22 +35,22 @@ def _cross_entropy_fwd_kernel(
     logits += row * stride
     columns = tl.arange(0, BLOCK)
     highest = float("-inf")
-    # What the mean is summed from until the highest is known.
-    base = _capped(tl.load(logits).to(tl.float32), softcap, CAPPED)
-    base = tl.where(base == float("-inf"), 0.0, base)
+    shift = 0.0
     total = tl.zeros([BLOCK], tl.float32)
-    total_t = tl.zeros([BLOCK], tl.float32)
+    total_t = 0.0
     for start in range(0, n, BLOCK):
         j = start + columns
         t = _capped(tl.load(logits + j, mask=j < n, other=float("-inf")).to(tl.float32), softcap, CAPPED)
         if CAPPED:
             t = tl.where(j < n, t, float("-inf"))
-        before, highest = highest, tl.maximum(highest, tl.max(t, 0))
+        before, shift_before = highest, shift
+        highest = tl.maximum(highest, tl.max(t, 0))
         shift = tl.where(highest == float("-inf"), 0.0, highest)
         total = total * tl.exp2((before - shift) * 1.4426950408889634) + tl.exp2((t - shift) * 1.4426950408889634)
         if MEAN:
-            total_t += tl.where(j < n, t - base, 0.0)
-    shift = tl.where(highest == float("-inf"), 0.0, highest)
+            if start > 0:
+                total_t += (shift_before - shift) * start
+            total_t += tl.sum(tl.where(j < n, t - shift, 0.0), 0)
     tl.store(top + row, shift)
     tl.store(lse + row, tl.log(tl.sum(total, 0)))
     at = tl.load(target + row)
@@ -58,7 +58,7 @@ def _cross_entropy_fwd_kernel(
     t = _capped(tl.load(logits + at, mask=here, other=0.0).to(tl.float32), softcap, CAPPED)
     tl.store(picked + row, tl.where(here, t - shift, 0.0))
     if MEAN:
-        tl.store(mean + row, (base - shift) + tl.sum(total_t, 0) / n)
+        tl.store(mean + row, total_t / n)
 
 
 @triton.jit
@@ -86,7 +86,7 @@ def _cross_entropy_bwd_kernel(
         grad += tl.where(j == at, dpicked_row, 0.0) + even
         if CAPPED:
             ratio = t / softcap
-            grad *= 1 - ratio * ratio
+            grad = tl.where(grad == 0, 0.0, grad * (1 - ratio * ratio))  # t may be NaN in a row that is left out
         tl.store(dlogits + j, grad.to(dlogits.dtype.element_ty), mask=j < n)
 
 
@@ -109,8 +109,9 @@ def cross_entropy_fwd(
 ) -> None:
     rows, n = logits.shape
     _utils.launch(
-        _cross_entropy_fwd_kernel, (rows,), config(n), logits=logits, target=target, top=top, lse=lse, picked=picked,
-        mean=mean, stride=logits.stride(0), n=n, softcap=float(softcap), CAPPED=softcap > 0, MEAN=mean is not None,
+        _cross_entropy_fwd_kernel, (rows,), config(n), fusion=softcap == 0, logits=logits, target=target, top=top,
+        lse=lse, picked=picked, mean=mean, stride=logits.stride(0), n=n, softcap=float(softcap), CAPPED=softcap > 0,
+        MEAN=mean is not None,
     )  # fmt: skip
 
 
@@ -127,7 +128,7 @@ def cross_entropy_bwd(
 ) -> None:
     rows, n = logits.shape
     _utils.launch(
-        _cross_entropy_bwd_kernel, (rows,), config(n), logits=logits, target=target, top=top, lse=lse, dlse=dlse,
-        dpicked=dpicked, dmean=dmean, dlogits=dlogits, stride=logits.stride(0), stride_d=dlogits.stride(0), n=n,
-        softcap=float(softcap), CAPPED=softcap > 0, MEAN=dmean is not None,
+        _cross_entropy_bwd_kernel, (rows,), config(n), fusion=softcap == 0, logits=logits, target=target, top=top,
+        lse=lse, dlse=dlse, dpicked=dpicked, dmean=dmean, dlogits=dlogits, stride=logits.stride(0),
+        stride_d=dlogits.stride(0), n=n, softcap=float(softcap), CAPPED=softcap > 0, MEAN=dmean is not None,
     )  # fmt: skip

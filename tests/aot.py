@@ -43,6 +43,7 @@ class Launch:
     kernel: triton.JITFunction
     config: _utils.Config
     args: dict
+    fusion: bool = True
 
 
 @dataclass
@@ -57,8 +58,8 @@ def record(target: str, run: Callable[[], None]) -> list[Launch]:
     """What `run` would launch on `target`."""
     launches: list[Launch] = []
 
-    def take_down(kernel, grid, config, **args):
-        launches.append(Launch(kernel, config, args))
+    def take_down(kernel, grid, config, fusion=True, **args):
+        launches.append(Launch(kernel, config, args, fusion))
 
     chip = (TARGETS[target].backend, TARGETS[target].arch)
     with (
@@ -90,7 +91,7 @@ def source(launch: Launch) -> triton.compiler.ASTSource:
 
 
 def compile(launch: Launch, target: str) -> Resources:
-    options = {"num_warps": launch.config.warps, "num_stages": launch.config.stages, "enable_fp_fusion": True}
+    options = {"num_warps": launch.config.warps, "num_stages": launch.config.stages, "enable_fp_fusion": launch.fusion}
     compiled = triton.compile(source(launch), target=TARGETS[target], options=options)
     if target.startswith("gfx"):
         text = compiled.asm["amdgcn"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 
 import bindings
@@ -70,8 +71,30 @@ class DropoutNormSuite(NormSuite):
 
     @pytest.fixture(autouse=True)
     def _bindings_of_these_ops(self, request):
-        if getattr(request.node, "callspec", None) and request.node.callspec.params.get("binding") == "cuda-emulated":
+        parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+        binding = parameters.get("binding")
+        if binding == "cuda-emulated":
             pytest.skip("on a GPU these ops are Triton's: tests/test_interpreter.py")
+        if binding == "cuda":
+            if parameters.get("width", 0) > 8192 or request.node.originalname == "test_very_long_rows":
+                pytest.skip("longer than the Triton kernels' rows")
+            warnings.simplefilter("error", fastllm.FallbackWarning)  # pytest restores the filters
+
+    @pytest.mark.gpu
+    def test_cuda_graph(self):
+        x, residual, *rest = self.args((64, 1024), device="cuda")
+        function = getattr(ops, self.name)
+        function(x, residual, *rest, p=P)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            _, total = function(x, residual, *rest, p=P)
+        sums = []
+        for _ in range(2):
+            graph.replay()
+            kept = (total - residual).abs() > 1e-3 * x.abs()
+            torch.testing.assert_close(total, x * kept / (1 - P) + residual)
+            sums.append(total.clone())
+        assert not torch.equal(*sums)
 
     # torch.manual_seed cannot be compiled: the masks of compiled calls are not known, but the rest is.
 
@@ -175,11 +198,26 @@ class DropoutNormSuite(NormSuite):
         assert torch.equal(function(x, residual, *rest)[1], first)
 
     def test_no_gradient_of_the_norm_where_only_the_sum_was_used(self):
-        x, residual, *rest = self.args((5, 40))
-        x[2] = 1e30  # whose norm is not finite
-        x.requires_grad_()
-        (grad,) = torch.autograd.grad(self.op(x, residual, *rest)[1].sum(), x)
-        assert torch.equal(grad, factors(x))
+        x, residual, shape, *parameters = self.args((5, 40))
+        residual[2, 3] = float("inf")  # a row whose norm is not finite
+        leaves = [t.requires_grad_() for t in (x, residual, *parameters)]
+        total = self.op(x, residual, shape, *parameters)[1]
+        dx, dresidual, *others = torch.autograd.grad(total.sum(), leaves, allow_unused=True)
+        assert torch.equal(dx, factors(x))
+        assert torch.equal(dresidual, torch.ones_like(x))
+        assert others == [None] * len(parameters)
+
+    def test_errors_name_this_function_without_dropout_too(self):
+        x = torch.randn(4, 8)
+        with pytest.raises(ValueError, match=f"^{self.name}: residual must have shape"):
+            self.op(x, x[:1], (8,), p=0.0)
+        with pytest.raises(TypeError, match=f"^{self.name}: p must be a number, got 'a'"):
+            self.op(x, x, (8,), p="a")
+
+    def test_explain_draws_nothing(self):
+        state = torch.get_rng_state()
+        assert fastllm.explain(self.name, *self.args((4, 8)), p=P).backend == "cpu"
+        assert torch.equal(torch.get_rng_state(), state)
 
     @pytest.mark.parametrize("p", [-0.1, 1.5, float("nan")])
     def test_refuses_what_is_no_probability(self, p):

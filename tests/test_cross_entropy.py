@@ -105,6 +105,63 @@ def test_logits_far_from_zero(binding, offset):
                 check((9, 133), dtype, offset=offset, reduction=reduction, label_smoothing=0.1)
 
 
+@pytest.mark.parametrize("binding", CPU)
+@pytest.mark.parametrize("masked", [-1e4, -1e9, torch.finfo(torch.float32).min, -torch.inf])
+def test_masked_classes(binding, masked):
+    """The first class, the last and all but one, far below the rest."""
+    with bindings.bound(binding):
+        check_masked(masked)
+
+
+def check_masked(masked: float) -> None:
+    for where in (slice(0, 1), slice(-1, None), slice(0, 2500)):
+        x, y = torch.randn(3, 2600), torch.tensor([2590, 2595, -100])
+        x[:, where] = masked
+        for smoothing in (0.0, 0.1):
+            if smoothing and masked < -1e30:
+                continue  # the loss itself is infinite, or nearly so
+            pairs = []
+            for fn, leaf in ((ops.cross_entropy, x.clone()), (F.cross_entropy, x.double())):
+                leaf.requires_grad_()
+                loss = fn(leaf, y, reduction="none", label_smoothing=smoothing)
+                pairs.append((loss.detach(), torch.autograd.grad(loss.sum(), leaf)[0]))
+            for got, wanted in zip(*pairs, strict=True):
+                torch.testing.assert_close(got, wanted.float(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("binding", CPU)
+@pytest.mark.parametrize("softcap", [1.0, 30.0, 200.0])
+def test_the_cap_of_the_top_is_the_top(binding, softcap):
+    with bindings.bound(binding):
+        x, y = torch.randn(500, 37) * 3, torch.zeros(500, dtype=torch.int64)
+        x[:, 0] = 2 * softcap
+        assert bool((ops.cross_entropy(x, y, softcap=softcap, reduction="none") >= 0).all())
+        assert float(ops.cross_entropy(torch.randn(50, 1), y[:50], softcap=softcap)) == 0
+        nothing = ops.cross_entropy(torch.full((2, 8), -torch.inf), y[:2], softcap=softcap, reduction="none")
+        torch.testing.assert_close(nothing, torch.full((2,), 8.0).log())
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_an_ignored_row_may_hold_anything_under_a_softcap(backend):
+    x = torch.randn(3, 6)
+    x[1] = torch.nan
+    x.requires_grad_()
+    with fastllm.use_backend(backend):
+        loss = ops.cross_entropy(x, torch.tensor([1, -100, 2]), softcap=30.0, z_loss=0.1)
+    (grad,) = torch.autograd.grad(loss, x)
+    assert loss.isfinite()
+    assert not grad[1].any()
+
+
+@pytest.mark.filterwarnings("ignore::fastllm.FallbackWarning")
+def test_no_classes_at_all():
+    x, y = torch.randn(3, 0, requires_grad=True), torch.full((3,), -100)
+    loss = ops.cross_entropy(x, y, reduction="sum")
+    loss.backward()
+    assert float(loss.detach()) == 0
+    assert x.grad.shape == (3, 0)
+
+
 def test_large_gradients_go_around_the_cache():
     """From 8 MiB on, aligned rows do."""
     for columns in (32000, 32001):

@@ -63,6 +63,11 @@ else:
         test_cross_entropy.check((4, 133), torch.float16, scale=scale)
         test_cross_entropy.check((4, 1500), offset=scale, label_smoothing=0.1, reduction="none")
 
+    @pytest.mark.parametrize("masked", [-1e4, -1e9, torch.finfo(torch.float32).min, -torch.inf])
+    def test_cross_entropy_masked_classes(masked):
+        test_cross_entropy.check_masked(masked)
+        test_cross_entropy.test_an_ignored_row_may_hold_anything_under_a_softcap("triton")
+
     @pytest.mark.parametrize("layout", ["transposed", "sliced", "strided", "misaligned"])
     def test_cross_entropy_layouts(layout):
         test_cross_entropy.check((5, 133), layout=layout)

@@ -416,6 +416,22 @@ def _part(rank: int, world: int, file: str) -> None:
             assert logprobs.shape == y.shape
             got = torch.autograd.grad(loss.sin().sum(), parts)
             torch.testing.assert_close(got, (grads[0], grads[1][mine], grads[2][mine]))
+        # Hard rows: far from zero, one that is ignored and overflows, a rank that has nothing but masked classes.
+        x[0], y = 3e38, torch.where(y < 0, y, y % 17)
+        b = b - 1e3
+        b[17:] = -torch.inf
+        for bounds in ([0, 17, 41], [0, 41, 41]):
+            mine = slice(bounds[rank], bounds[rank + 1])
+            whole = [t.clone().requires_grad_() for t in (x, w, b)]
+            expected = ops.linear_cross_entropy(*whole[:2], y, linear_bias=whole[2], reduction="none")
+            grads = torch.autograd.grad(expected.sum(), whole)
+            parts = [t.clone().requires_grad_() for t in (x, w[mine], b[mine])]
+            loss = ops.linear_cross_entropy(
+                *parts[:2], y, linear_bias=parts[2], process_group=dist.group.WORLD, reduction="none"
+            )
+            torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-5)
+            got = torch.autograd.grad(loss.sum(), parts)
+            torch.testing.assert_close(got, (grads[0], grads[1][mine], grads[2][mine]))
         with pytest.raises(IndexError, match="for 41 classes"):
             ops.linear_cross_entropy(x, w[mine], y + 41, process_group=dist.group.WORLD)
     finally:

@@ -14,7 +14,7 @@ inline Dropout dropout_of(const Tensor& seed, double p) {
   STD_TORCH_CHECK(p >= 0.0 && p <= 1.0, "fastllm: p must be between 0 and 1, got ", p);
   return {
       static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr())),
-      static_cast<uint32_t>(std::lround(p * 0x1p24)),
+      static_cast<uint32_t>(std::nearbyint(p * 0x1p24)),
       static_cast<float>(p < 1.0 ? 1.0 / (1.0 - p) : 0.0)};
 }
 

@@ -211,7 +211,7 @@ def add_norm(norm: nn.Module, x_BTC: Tensor, residual_BTC: Tensor, dropout: floa
     """Returns (norm(sum), sum), sum = dropout(x) + residual: fused where the norm knows how."""
     if isinstance(norm, (fastllm.nn.LayerNorm, fastllm.nn.RMSNorm)):
         return norm.add(x_BTC, residual_BTC, dropout)
-    total_BTC = F.dropout(x_BTC, dropout, norm.training) + residual_BTC
+    total_BTC = F.dropout(x_BTC, dropout) + residual_BTC if dropout else x_BTC + residual_BTC
     return norm(total_BTC), total_BTC
 
 
@@ -340,12 +340,13 @@ class Block(nn.Module):
         documents: Documents | None,
     ) -> tuple[Tensor, Tensor]:
         """Takes and returns (what is still to be added, the sum so far); the first block has nothing to add."""
+        dropout = self.dropout if self.training else 0.0
         if delta_BTC is None:
             x_BTC = self.attention_norm(residual_BTC)
         else:
-            x_BTC, residual_BTC = add_norm(self.attention_norm, delta_BTC, residual_BTC, self.dropout)
+            x_BTC, residual_BTC = add_norm(self.attention_norm, delta_BTC, residual_BTC, dropout)
         delta_BTC = self.attention(x_BTC, rotary, cache, documents)
-        x_BTC, residual_BTC = add_norm(self.mlp_norm, delta_BTC, residual_BTC, self.dropout)
+        x_BTC, residual_BTC = add_norm(self.mlp_norm, delta_BTC, residual_BTC, dropout)
         return self.mlp(x_BTC), residual_BTC
 
 
@@ -447,7 +448,7 @@ class GPT(nn.Module):
         for block in self.blocks:
             delta_BTC, residual_BTC = block(delta_BTC, residual_BTC, rotary, cache, documents)
         assert delta_BTC is not None  # there is a block at least
-        x_BTC, _ = add_norm(self.norm, delta_BTC, residual_BTC, self.config.dropout)
+        x_BTC, _ = add_norm(self.norm, delta_BTC, residual_BTC, self.config.dropout if self.training else 0.0)
         if cache is not None:
             cache.filled = end
         weight_VC = self.embedding.weight if self.head is None else self.head.weight

@@ -15,9 +15,11 @@ class LayerNorm(torch.nn.LayerNorm):
         return ops.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
     def add(self, input: Tensor, residual: Tensor, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
-        """Returns (self(sum), sum), sum = input + residual, computed in one pass; in training, `dropout` of input."""
+        """Returns (self(sum), sum), sum = input + residual, computed in one pass, with that much dropout of input."""
         parameters = self.normalized_shape, self.weight, self.bias, self.eps
-        return ops.dropout_add_layer_norm(input, residual, *parameters, p=dropout, training=self.training)
+        if not dropout:
+            return ops.add_layer_norm(input, residual, *parameters)
+        return ops.dropout_add_layer_norm(input, residual, *parameters, p=dropout)
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -27,6 +29,8 @@ class RMSNorm(torch.nn.RMSNorm):
         return ops.rms_norm(x, self.normalized_shape, self.weight, self.eps)
 
     def add(self, x: Tensor, residual: Tensor, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
-        """Returns (self(sum), sum), sum = x + residual, computed in one pass; in training, `dropout` of x."""
+        """Returns (self(sum), sum), sum = x + residual, computed in one pass, with that much dropout of x."""
         parameters = self.normalized_shape, self.weight, self.eps
-        return ops.dropout_add_rms_norm(x, residual, *parameters, p=dropout, training=self.training)
+        if not dropout:
+            return ops.add_rms_norm(x, residual, *parameters)
+        return ops.dropout_add_rms_norm(x, residual, *parameters, p=dropout)

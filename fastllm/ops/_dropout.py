@@ -7,7 +7,9 @@ from torch import Tensor
 
 
 def check_rate(name: str, argument: str, rate: float) -> None:
-    """Raises ValueError unless rate is a probability."""
+    """Raises TypeError or ValueError unless rate is a probability."""
+    if not isinstance(rate, (int, float)):
+        raise TypeError(f"{name}: {argument} must be a number, got {rate!r}")
     if not 0.0 <= rate <= 1.0:
         raise ValueError(f"{name}: {argument} must be between 0 and 1, got {rate}")
 

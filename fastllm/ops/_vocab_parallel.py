@@ -52,7 +52,7 @@ class _LogSumExp(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         lse, whole = ctx.saved_tensors
-        return grad * torch.exp(lse - whole), None
+        return torch.where(grad == 0, 0.0, grad * torch.exp(lse - whole)), None  # such a row may hold anything
 
 
 class _Sum(torch.autograd.Function):
@@ -73,8 +73,9 @@ def combined(
     """top, lse, picked and mean over the whole vocabulary, from those over a part that is `share` of it and has the
     targets of the rows `mine`."""
     top, lse, picked, mean = stats
-    highest = top.clone()
+    highest = torch.where(lse == -torch.inf, -torch.inf, top)  # a part that has nothing says nothing
     dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
+    highest = torch.where(highest == -torch.inf, 0.0, highest)
     below = top - highest  # from where this part counts
     whole_mean = None if mean is None else _Sum.apply((mean + below) * share, group)
     whole_picked = _Sum.apply(torch.where(mine, picked + below, 0.0), group)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -122,9 +124,9 @@ def cross_entropy(
     if inplace and base.is_leaf and base.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name}: inplace=True would overwrite a leaf, which somebody owns; give it computed logits")
 
-    logits = input.movedim(class_dim, -1).reshape(-1, classes)
+    logits = input.movedim(class_dim, -1).reshape(math.prod(shape), classes)
     if probabilities:
-        target = target.movedim(class_dim, -1).reshape(-1, classes)
+        target = target.movedim(class_dim, -1).reshape(math.prod(shape), classes)
     else:
         target = target.reshape(-1).long().contiguous()
         _cross_entropy.check_target(name, target, classes, ignore_index)

@@ -11,7 +11,6 @@ from fastllm.backends import Op
 from fastllm.ops import _norm
 from fastllm.ops._dropout import check_rate, dropout_seed
 from fastllm.ops.add_layer_norm import add_layer_norm
-from fastllm.ops.layer_norm import layer_norm
 from fastllm.reference import dropout_add_layer_norm as reference
 
 
@@ -73,11 +72,13 @@ class _DropoutAddLayerNorm(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy, dtotal):
-        total, *rest = ctx.saved_tensors
-        if dy is None:  # only the sum was used
-            dy = torch.zeros_like(total)
+        total, *rest, seed = ctx.saved_tensors
+        if dy is None and dtotal is None:
+            return None, None, None, None, None, None, None
+        if dy is None:  # only the sum was used, which is rare enough to leave it to plain PyTorch
+            return reference.dropped(dtotal, seed, ctx.p).to(dtotal.dtype), dtotal, None, None, None, None, None
         weight_grad, bias_grad = ctx.needs_input_grad[2:4]
-        dx, dresidual, dweight, dbias = _bwd(dy, dtotal, total, *rest, ctx.p, weight_grad, bias_grad)
+        dx, dresidual, dweight, dbias = _bwd(dy, dtotal, total, *rest, seed, ctx.p, weight_grad, bias_grad)
         return dx, dresidual, dweight if weight_grad else None, dbias if bias_grad else None, None, None, None
 
 
@@ -94,12 +95,14 @@ def dropout_add_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """`s = dropout(input, p, training) + residual; return layer_norm(s, ...), s` in one pass.
 
-    The mask is not stored: the backward draws it again, by Philox keyed on a seed from torch's generator, so that
-    torch.manual_seed reproduces it, on the CPU and on a GPU alike, though not with the mask that torch's dropout would
-    draw. The sum is rounded to its dtype once. Without dropout (p = 0, or not training) this is `add_layer_norm`.
+    The mask is not stored: the backward draws it again, by Philox keyed on one seed from torch's generator, so that
+    torch.manual_seed reproduces it. It is another mask than that of torch's dropout, and of a compiled graph, which
+    draws its seeds in its own way. The sum is rounded to its dtype once. Without dropout (p = 0, or not training) this
+    is `add_layer_norm`.
 
     Args:
-        input: (*, *normalized_shape), any strides; float32, bfloat16, float16; float64 runs on the reference.
+        input: (*, *normalized_shape), any strides; float32, bfloat16, float16. float64 runs on the
+            reference, and on a GPU rows of more than 8,192 elements.
         residual: of input's shape. Another dtype is promoted as `+` does.
         normalized_shape, weight, bias, eps: as `layer_norm`.
         p: the probability of an element of input to be dropped, 0 to 1; what is kept is multiplied by 1 / (1 - p).
@@ -112,15 +115,17 @@ def dropout_add_layer_norm(
         TypeError: for a dtype that is not floating, or a normalized_shape that is no sequence.
         ValueError: for shapes or devices that do not fit, and a p that is no probability; residual is not broadcast.
     """
+    ndim = _norm.validate("dropout_add_layer_norm", input, normalized_shape, weight, bias)
+    _norm.validate_residual("dropout_add_layer_norm", input, residual)
     check_rate("dropout_add_layer_norm", "p", p)
     if p == 0 or not training:
         return add_layer_norm(input, residual, normalized_shape, weight, bias, eps)
-    ndim = _norm.validate("dropout_add_layer_norm", input, normalized_shape, weight, bias)
-    _norm.validate_residual("dropout_add_layer_norm", input, residual)
     input, residual = _norm.promote(input, residual)
-    if _norm.runs_in_float32(input):  # autocast rounds the sum to 16 bits and normalizes it in float32
-        total = torch.nn.functional.dropout(input, p) + residual
-        return layer_norm(total, normalized_shape, weight, bias, eps), total
+    if _norm.runs_in_float32(input):  # as autocast has the norm; the sum comes in 16 bits
+        normed, total = dropout_add_layer_norm(
+            input.float(), residual.float(), normalized_shape, weight, bias, eps, p=p
+        )
+        return normed, total.to(input.dtype)
     seed = dropout_seed(input, p)
     if ndim == 1:
         return _DropoutAddLayerNorm.apply(input, residual, weight, bias, seed, p, eps)

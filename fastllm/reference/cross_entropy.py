@@ -66,6 +66,8 @@ def cross_entropy_bwd(
     softcap: float,
 ) -> Tensor:
     """Returns the gradient of the logits."""
+    if logits.shape[1] == 0:
+        return logits.new_zeros(logits.shape)
     acc = torch.promote_types(logits.dtype, torch.float32)
     t = cap(logits.to(acc), softcap)
     w = t.new_ones(()) if weight is None else weight.to(acc)
@@ -79,5 +81,5 @@ def cross_entropy_bwd(
     if dmean is not None:
         grad = grad + w * dmean[:, None] / t.shape[1]
     if softcap:
-        grad = grad * (1 - (t / softcap).square())
+        grad = torch.where(grad == 0, 0.0, grad * (1 - (t / softcap).square()))
     return grad.to(logits.dtype)

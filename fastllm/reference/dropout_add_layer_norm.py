@@ -5,6 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastllm.reference import _dropout, _norm
+from fastllm.reference._dropout import dropped
+
+__all__ = ["dropout_add_layer_norm_bwd", "dropout_add_layer_norm_fwd", "dropped"]
 
 
 def dropout_add_layer_norm_fwd(
@@ -30,4 +33,4 @@ def dropout_add_layer_norm_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, residual, weight and bias."""
     dtotal, dweight, dbias = _norm.norm_bwd(dy, dsum, sum, mean, rstd, weight, bias, weight_grad, bias_grad)
-    return _dropout.dropped(dtotal, seed, p).to(dtotal.dtype), dtotal, dweight, dbias
+    return dropped(dtotal, seed, p).to(dtotal.dtype), dtotal, dweight, dbias

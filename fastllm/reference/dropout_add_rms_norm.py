@@ -5,6 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastllm.reference import _dropout, _norm
+from fastllm.reference._dropout import dropped
+
+__all__ = ["dropout_add_rms_norm_bwd", "dropout_add_rms_norm_fwd", "dropped"]
 
 
 def dropout_add_rms_norm_fwd(
@@ -27,4 +30,4 @@ def dropout_add_rms_norm_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x, residual and weight."""
     dtotal, dweight, _ = _norm.norm_bwd(dy, dsum, sum, None, rstd, weight, None, weight_grad, False)
-    return _dropout.dropped(dtotal, seed, p).to(dtotal.dtype), dtotal, dweight
+    return dropped(dtotal, seed, p).to(dtotal.dtype), dtotal, dweight

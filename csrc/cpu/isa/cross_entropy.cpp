@@ -17,7 +17,7 @@ constexpr int64_t kBlock = 2048;  // elements summed before they are added to th
 template <bool kCapped>
 Vec cap(Vec x, float softcap, float inverse) {
   if constexpr (kCapped) {
-    return softcap * tanh(x * inverse);
+    return rounded(softcap * tanh(x * inverse));
   } else {
     return x;
   }
@@ -49,7 +49,8 @@ void fwd_rows(const CrossEntropyFwd& a, int64_t begin, int64_t end) {
       const float value = load(x + i, 1)[0];
       top = value > top ? value : top;
     }
-    const float shift = top == -__builtin_inff() ? 0.0f : cap<kCapped>(splat(top), a.softcap, inverse)[0];
+    const float highest = cap<kCapped>(splat(top), a.softcap, inverse)[0];
+    const float shift = highest == -__builtin_inff() ? 0.0f : highest;
 
     Vec total = {}, total_t = {};
     for (int64_t start = 0; start < a.n; start += kBlock) {

@@ -73,6 +73,16 @@ inline VecU32 mul_high(VecU32 a, uint32_t b) {
 #endif
 }
 
+// v, rounded: the compiler may not take the product that it is into a multiply-add.
+inline Vec rounded(Vec v) {
+#if defined(__x86_64__)
+  __asm__("" : "+x"(v));
+#elif defined(__aarch64__)
+  __asm__("" : "+w"(v));
+#endif
+  return v;
+}
+
 inline float sum(Vec v) {
   // Pairwise, so that the result does not depend on how the compiler would order a loop.
   float lane[kLanes];

@@ -23,6 +23,7 @@ import functools
 import gc
 import importlib.metadata
 import math
+import multiprocessing
 import os
 import platform
 import re
@@ -54,6 +55,7 @@ class Ready(NamedTuple):
 
     prepare: Callable[[], Any]
     call: Callable[[], Any]
+    peak_bytes: Callable[[], int] | None = None  # the most memory that it has held so far, where that can be told
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ class Contender:
     call: Callable[[Any], Any]
     seconds: list[float] = field(default_factory=list)
     host_seconds: list[float] = field(default_factory=list)  # until the call returned, where `seconds` is a GPU's
+    peak_bytes: Callable[[], int] | None = None
 
 
 def _contender(name: str, fn: Callable, case: Case, args: tuple) -> Contender:
@@ -193,7 +196,7 @@ class Race:
         def contender(name: str, ready: Ready) -> Contender:
             ready.prepare()
             ready.call()  # compiles, and shows now rather than later what cannot run
-            return Contender(name, ready.prepare, lambda _: ready.call())
+            return Contender(name, ready.prepare, lambda _: ready.call(), peak_bytes=ready.peak_bytes)
 
         self.contenders.append(contender("fastllm", found.pop("fastllm")))
         for name, ready in found.items():
@@ -266,6 +269,8 @@ class Race:
         figures = summary(contender.seconds[-self.rounds :])
         if contender.host_seconds:
             figures["host_ms"] = summary(contender.host_seconds[-self.rounds :])["median_ms"]
+        if contender.peak_bytes is not None:
+            figures["peak_mb"] = round(contender.peak_bytes() / 1e6)
         return figures
 
 
@@ -304,6 +309,9 @@ class Disturbance:
         user, nice, system, idle, iowait, *more = map(int, stat.read_text().split("\n", 1)[0].split()[1:9])
         busy = user + nice + system + sum(more)
         own = time.process_time() * os.sysconf("SC_CLK_TCK")
+        for child in multiprocessing.active_children():  # contenders in processes of their own
+            after_name = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
+            own += int(after_name[11]) + int(after_name[12])
         return busy, busy + idle + iowait, own
 
     def __enter__(self) -> Disturbance:

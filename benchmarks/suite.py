@@ -62,7 +62,10 @@ class Progress:
         print(f"    within the error budget on {race.backend} ({taken:.0f} s); timing {race.rounds} rounds", flush=True)
 
     def finished(self, result: dict[str, Any]) -> None:
-        figures = ", ".join(f"{name} {c['median_ms']:.3f} ms" for name, c in result["contenders"].items())
+        figures = ", ".join(
+            f"{name} {c['median_ms']:.3f} ms" + (f" ({c['peak_mb']:,} MB)" if "peak_mb" in c else "")
+            for name, c in result["contenders"].items()
+        )
         print(f"    {figures}", flush=True)
         if (result["others"] or 0) > harness.MUCH:
             print(f"    unreliable: other processes took {result['others']:.0%} of the CPUs", flush=True)

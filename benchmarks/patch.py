@@ -1,0 +1,180 @@
+"""A training step of a transformers model, patched and not: forward, backward, AdamW (torch's fused one for all).
+
+A GPT-2 and a Llama with 50,257 classes: on a GPU of GPT-2's smallest size, on a CPU of 6 layers of 384 channels. Without
+dropout, so that the losses can be compared: patched within 1e-4 of unpatched over the first steps. Every contender runs
+in a process of its own with the system's allocator as it is, for what a step costs in memory, and in faulting it in, is
+part of what is asked here.
+
+Bytes: parameters, gradients and both moments as AdamW moves them. Operations: 6 for each parameter in a product and
+token, as Kaplan et al. (2020) count; attention is left out.
+"""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import warnings
+import weakref
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from resource import RUSAGE_SELF, getrusage
+from typing import Any
+
+import torch
+
+import fastllm
+from fastllm import ops
+from fastllm.benchmarks.harness import Case, Ready
+from fastllm.testing import make
+
+VOCABULARY = 50257
+STEPS = 3  # on which the losses are compared
+
+
+def gpt2(layers: int, heads: int, width: int, **changes: Any) -> torch.nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return GPT2LMHeadModel(GPT2Config(n_layer=layers, n_head=heads, n_embd=width, **none, **changes))
+
+
+def llama(layers: int, heads: int, width: int) -> torch.nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": heads}
+    sizes |= {"hidden_size": width, "intermediate_size": -(-8 * width // 3 // 64) * 64, "vocab_size": VOCABULARY}
+    return LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True))
+
+
+def liger() -> Callable | None:
+    """Liger-Kernel's patch of one instance, where it is installed."""
+    try:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+    except ImportError:
+        return None
+    return _apply_liger_kernel_to_instance
+
+
+def _work(
+    pipe: Connection,
+    name: str,
+    build: Callable[[], torch.nn.Module],
+    shape: tuple,
+    device: str,
+    bf16: bool,
+    threads: int,
+) -> None:
+    """A contender's process: answers "clear" and "step" (with the loss), and "peak" with bytes."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(threads)
+    try:
+        ids = torch.randint(VOCABULARY, shape, generator=torch.Generator().manual_seed(0)).to(device)
+        torch.manual_seed(0)
+        model = build().to(device).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        if name == "fastllm":
+            fastllm.patch(model)
+        elif name == "Liger":
+            liger()(model=model)  # type: ignore[misc]
+        call: Any = torch.compile(model, dynamic=False) if name == "torch.compile" else model
+        while True:
+            order = pipe.recv()
+            if order == "clear":
+                optimizer.zero_grad(set_to_none=True)
+                pipe.send(None)
+            elif order == "peak":
+                cuda = device == "cuda"
+                pipe.send(torch.cuda.max_memory_allocated() if cuda else 1024 * getrusage(RUSAGE_SELF).ru_maxrss)
+            else:
+                with torch.autocast(device, torch.bfloat16, enabled=bf16):
+                    loss = call(input_ids=ids, labels=ids, use_cache=False).loss
+                loss.backward()
+                optimizer.step()
+                pipe.send(float(loss.detach()))
+    except EOFError:  # the benchmark is over
+        pass
+    except Exception as error:
+        pipe.send(error)
+
+
+class _Worker:
+    """A contender in a process of its own."""
+
+    def __init__(self, *args: Any):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, other = context.Pipe()
+        process = context.Process(target=_work, args=(other, *args), daemon=True)
+        process.start()
+        other.close()
+        self._end = weakref.finalize(self, self._stop, self.pipe, process)
+
+    @staticmethod
+    def _stop(pipe: Connection, process: Any) -> None:
+        pipe.close()
+        process.join(10)
+
+    def ask(self, order: str) -> Any:
+        self.pipe.send(order)
+        answer = self.pipe.recv()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def setup(build: Callable[[], torch.nn.Module], batch: int, length: int, device: str, bf16: bool) -> dict[str, Ready]:
+    found, losses = {}, {}
+    for name in ["fastllm", "eager", "torch.compile", *(["Liger"] if device == "cuda" and liger() else [])]:
+        worker = _Worker(name, build, (batch, length), device, bf16, torch.get_num_threads())
+        try:
+            losses[name] = [(worker.ask("clear"), worker.ask("step"))[1] for _ in range(STEPS)]
+        except Exception as error:
+            if name in ("fastllm", "eager"):
+                raise
+            print(f"    {name} cannot run: {type(error).__name__}: {str(error)[:200]}", flush=True)
+            continue
+        ask = worker.ask
+        found[name] = Ready(
+            functools.partial(ask, "clear"), functools.partial(ask, "step"), functools.partial(ask, "peak")
+        )
+    tolerance = 2e-2 if bf16 else 1e-4
+    for ours, theirs in zip(losses["fastllm"], losses["eager"], strict=True):
+        if abs(ours - theirs) > tolerance:
+            raise AssertionError(f"the patched model's losses are {losses['fastllm']}, the model's {losses['eager']}")
+    return found
+
+
+def case(
+    name: str, build: Callable[[], torch.nn.Module], parameters: int, batch: int, length: int, device: str, target: str
+) -> Case:
+    bf16 = device == "cuda"
+    return Case(
+        op="patch",
+        name=f"{name} {'bf16' if bf16 else 'fp32'} {batch}x{length} step",
+        direction="forward+backward",
+        args=lambda: (make((2, 8)), (8,), make((8,))),
+        rivals={},
+        bytes=28 * parameters,
+        flops=6 * parameters * batch * length,
+        target=target,
+        call=ops.rms_norm,  # for the name of the backend alone
+        setup=functools.partial(setup, build, batch, length, device, bf16),
+        rounds=(5, 9),
+    )
+
+
+def cases(device: str, quick: bool) -> list[Case]:
+    try:
+        import transformers  # noqa: F401
+    except ImportError:
+        return []
+    if device == "cpu":
+        layers, heads, width, parameters, batch, length = 6, 6, 384, 30_000_000, 4, 256
+    else:
+        layers, heads, width, parameters, batch, length = 12, 12, 768, 124_000_000, 16, 1024
+    target = "1.15x eager" if device == "cpu" else "1x torch.compile"
+    sizes = layers, heads, width
+    found = [
+        case(f"{name} {layers}x{width}", functools.partial(build, *sizes), parameters, batch, length, device, target)
+        for name, build in (("GPT-2", gpt2), ("Llama", llama))
+    ]
+    return found[:1] if quick else found

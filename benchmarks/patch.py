@@ -1,9 +1,9 @@
 """A training step of a transformers model, patched and not: forward, backward, AdamW (torch's fused one for all).
 
-A GPT-2 and a Llama with 50,257 classes: on a GPU of GPT-2's smallest size, on a CPU of 6 layers of 384 channels. Without
-dropout, so that the losses can be compared: patched within 1e-4 of unpatched over the first steps. Every contender runs
-in a process of its own with the system's allocator as it is, for what a step costs in memory, and in faulting it in, is
-part of what is asked here.
+A GPT-2 and a Llama with 50,257 classes: on a GPU of GPT-2's smallest size, on a CPU of 6 layers of 384 channels.
+Without dropout, so that the losses can be compared: patched within 1e-4 of unpatched over the first steps. Every
+contender runs in a process of its own with the system's allocator as it is, for what a step costs in memory, and in
+faulting it in, is part of what is asked here.
 
 Bytes: parameters, gradients and both moments as AdamW moves them. Operations: 6 for each parameter in a product and
 token, as Kaplan et al. (2020) count; attention is left out.

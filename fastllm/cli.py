@@ -1,4 +1,4 @@
-"""The command line: `fastllm info | bench | train | eval | generate | demo`."""
+"""The command line: `fastllm info | bench | patch | train | eval | generate | demo`."""
 
 from __future__ import annotations
 
@@ -58,6 +58,13 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="what is installed, what was built, and what runs on this machine")
     info.add_argument("--json", action="store_true", help="one JSON object")
     commands.add_parser("bench", help="time the ops against their rivals (see fastllm bench --help)")
+
+    patch = commands.add_parser("patch", help="what fastllm.patch would replace in a checkpoint of transformers")
+    patch.add_argument("--model", required=True, metavar="DIR", help="as from_pretrained takes it; a local folder")
+    patch.add_argument("--only", nargs="+", metavar="NAME", help="ops, or patterns of module paths")
+    patch.add_argument("--exclude", nargs="+", metavar="NAME", help="likewise")
+    patch.add_argument("--json", action="store_true", help="one JSON object")
+    patch.add_argument("--device", help="as torch.device (default cpu)")
 
     train = commands.add_parser("train", help="train a GPT on text files")
     train.add_argument("--text", nargs="+", required=True, metavar="FILE", help="UTF-8 text")
@@ -198,6 +205,28 @@ def _train(args: argparse.Namespace) -> int:
     return 0
 
 
+def _patch(args: argparse.Namespace) -> int:
+    import json
+
+    import torch
+
+    import fastllm
+    from fastllm._extras import require
+
+    transformers = require("transformers", "transformers")
+    if not (Path(args.model) / "config.json").exists():
+        raise ValueError(f"--model: {args.model} has no config.json")
+    transformers.utils.logging.set_verbosity_error()
+    config = transformers.AutoConfig.from_pretrained(args.model)
+    names = config.architectures or []
+    found = [getattr(transformers, name) for name in names if hasattr(transformers, name)]
+    model_class = found[0] if found else transformers.AutoModelForCausalLM
+    model = model_class.from_pretrained(args.model).to(torch.device(args.device or "cpu")).train()
+    report = fastllm.patch(model, only=args.only, exclude=args.exclude)
+    print(json.dumps(report.to_dict(), indent=1) if args.json else report)
+    return 0
+
+
 def _load(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     from fastllm.trainer import checkpoint, resolve_device
 
@@ -259,6 +288,8 @@ def _run(argv: Sequence[str]) -> int:
         from fastllm import demo
 
         return demo.main(**_given(args, ["steps", "rounds", "out"]))
+    if args.command == "patch":
+        return _patch(args)
     from fastllm import use_backend
 
     with use_backend(args.backend) if args.backend else contextlib.nullcontext():

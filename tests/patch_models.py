@@ -273,27 +273,28 @@ def _check(result: Result, model_class: type, config_class: type) -> Result:
         result.unbuilt = f"{type(error).__name__}: {error}"
         return result
     turns = [(b, train) for b in inputs for train in (False, True)]
+    reports = []
+
+    def double(inputs: dict[str, Tensor], train: bool) -> dict[str, Tensor]:
+        """The unpatched model in float64. (A copy of a patched one is patched.)"""
+        reports.pop().revert()
+        exact = run(copy.deepcopy(model).double(), inputs, train)
+        reports.append(patch(model))
+        return exact
+
     try:
-        report = patch(model)
-        result.replaced = dict(Counter(str(entry.now) for entry in report.replaced))
-        result.left = sorted({f"{entry.was}: {entry.reason}" for entry in report.left})
+        reports.append(patch(model))
+        result.replaced = dict(Counter(str(entry.now) for entry in reports[0].replaced))
+        result.left = sorted({f"{entry.was}: {entry.reason}" for entry in reports[0].left})
         for (b, train), expected in zip(turns, before, strict=True):
-            assert_same(run(model, b, train), expected, lambda b=b, train=train: _double(model, report, b, train))
-        report.revert()
+            assert_same(run(model, b, train), expected, lambda b=b, train=train: double(b, train))
+        reports.pop().revert()
         for (b, train), expected in zip(turns, before, strict=True):
             again = run(model, b, train)
             assert all(torch.equal(again[key], expected[key]) for key in expected), "not as before after revert()"
     except Exception as error:
         result.failed = f"{type(error).__name__}: {error}"
     return result
-
-
-def _double(model: nn.Module, report: Any, inputs: dict[str, Tensor], train: bool) -> dict[str, Tensor]:
-    """The unpatched model in float64. Reverted and patched again, for a copy is patched as it is."""
-    report.revert()
-    exact = run(copy.deepcopy(model).double(), inputs, train)
-    patch(model)
-    return exact
 
 
 def _short(text: str, length: int = 110) -> str:
@@ -310,12 +311,12 @@ def table(results: list[Result]) -> str:
         "# Models",
         "",
         "What `fastllm.patch` replaces in each language model that transformers registers, found by running it: a",
-        "small model of each type with random weights, whose loss, logits and every gradient, with and without",
-        "padding, in training and evaluation, are those of the unpatched model, bit for bit after `revert()`. From",
-        f"`python tests/patch_models.py docs/models.md` with transformers {transformers.__version__} and torch "
-        f"{torch.__version__.split('+')[0]}, on a CPU.",
+        "small model of each type with random weights. Loss, logits and every gradient, with and without padding, in",
+        "training and in evaluation, are those of the unpatched model, and bit for bit so after `revert()`.",
         "",
-        f"{len(built)} types were built; in {sum(bool(r.replaced) for r in built)} of them something was replaced. The",
+        f"From `python tests/patch_models.py docs/models.md` with transformers {transformers.__version__} and torch",
+        f"{torch.__version__.split('+')[0]}, on a CPU: {len(built)} types were built, and in"
+        f" {sum(bool(r.replaced) for r in built)} of them something was replaced. The",
         f"{len(results) - len(built)} others stand at the end, with what kept them from being made small.",
         "",
         "| type | replaced (modules) | left |",

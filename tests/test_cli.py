@@ -222,3 +222,19 @@ def test_help_is_light(folder):
     assert result.stdout.endswith("[]\n"), result.stdout + result.stderr
     for command in ("info", "bench", "train", "eval", "generate", "demo"):
         assert command in result.stdout
+
+
+def test_patch_shows_what_it_would_replace(tmp_path, capsys):
+    pytest.importorskip("transformers")
+    from patch_models import model_of
+
+    model_of("llama").save_pretrained(tmp_path)
+    assert cli.main(["patch", "--model", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "model.layers.*.mlp" in out
+    assert "swiglu (" in out
+    assert cli.main(["patch", "--model", str(tmp_path), "--json", "--only", "rms_norm"]) == 0
+    entries = json.loads(capsys.readouterr().out)["entries"]
+    assert {entry["now"] for entry in entries} == {"rms_norm"}
+    assert cli.main(["patch", "--model", str(tmp_path / "no")]) == 1
+    assert "has no config.json" in capsys.readouterr().err

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import re
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -350,6 +352,27 @@ def test_compare(model):
     assert not any("forward" in m.__dict__ for m in model.modules())
 
 
+@pytest.mark.parametrize("order", ["patch first", "LoRA first"])
+def test_lora(order):
+    peft = pytest.importorskip("peft")
+    inputs = batch(model_of("llama"))
+
+    def adapted(patching: bool):
+        model = model_of("llama").train()
+        if patching and order == "patch first":
+            patch(model)
+        torch.manual_seed(0)
+        config = peft.LoraConfig(
+            r=4, target_modules=["q_proj", "v_proj", "gate_proj"], lora_dropout=0.0, init_lora_weights=False
+        )
+        model = peft.get_peft_model(model, config)
+        if patching and order == "LoRA first":
+            assert len(patch(model).replaced) > 4
+        return model
+
+    assert_same(run(adapted(True), inputs, True), run(adapted(False), inputs, True))
+
+
 def test_attention_weights_where_they_are_asked_for():
     model = model_of("llama").eval()
     inputs = {k: v for k, v in batch(model, padded=True).items() if k != "labels"}
@@ -374,6 +397,13 @@ def test_wrong_attention_is_noticed(monkeypatch):
     reasons = [entry.reason for entry in report.left if entry.was.startswith("attention")]
     assert len(reasons) == 1
     assert model.config._attn_implementation != "fastllm"
+
+
+def test_the_readmes_example(capsys):
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    code, shown = re.search(r"```python\n(import torch, fastllm.*?)```\n\n```\n(.*?)```", readme, re.S).groups()
+    exec(code, {})
+    assert capsys.readouterr().out == shown
 
 
 def test_it_is_exported():

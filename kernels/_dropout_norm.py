@@ -100,10 +100,10 @@ def _dropout_norm_bwd_kernel(
         tl.store(dbias + program * n + j, sum_db, mask=inside)
 
 
-def config(n: int, each: int) -> Config:
-    """`each` elements for a thread, or as many as 16 warps need."""
+def config(n: int) -> Config:
+    """8 elements for a thread, or as many as 16 warps need."""
     block = max(128, triton.next_power_of_2(n))
-    return Config({"BLOCK": block}, 1 if _utils.interpreted() else min(16, max(1, block // (32 * each))), 1)
+    return Config({"BLOCK": block}, 1 if _utils.interpreted() else min(16, max(1, block // 256)), 1)
 
 
 def _mask(p: float) -> dict[str, float]:
@@ -126,7 +126,7 @@ def fwd(
     x, residual = _utils.rows(x), _utils.rows(residual)
     rows, n = x.shape
     _utils.launch(
-        _dropout_norm_fwd_kernel, (rows,), config(n, 16), x=x, residual=residual, weight=_dense(weight),
+        _dropout_norm_fwd_kernel, (rows,), config(n), x=x, residual=residual, weight=_dense(weight),
         bias=_dense(bias), seed=seed, y=y, total=total, mean=mean, rstd=rstd, stride_x=x.stride(0),
         stride_residual=residual.stride(0), n=n, **_mask(p), eps=eps, CENTERED=mean is not None,
     )  # fmt: skip
@@ -149,7 +149,7 @@ def bwd(
     dy, total = _utils.rows(dy), _utils.rows(total)
     dtotal = None if dtotal is None else _utils.rows(dtotal)
     rows, n = total.shape
-    chosen = config(n, 8)  # beside as many parts of dw and db
+    chosen = config(n)
     programs = min(rows, _utils.multiprocessors(dy.device) * max(1, 32 // chosen.warps))
     parts = [
         torch.empty(programs, n, dtype=torch.float32, device=dy.device) if grad.numel() else None

@@ -44,8 +44,9 @@ inline void check_parameter(const char* what, const MaybeTensor& t, const Tensor
 // What cpu/norm.cpp and cuda/norm.cpp implement, each in its own shared object. `a` comes with everything but weight
 // and bias; there is at least one element.
 Tensor new_output(const Tensor& x);  // not initialized, contiguous, of x's shape and type
-void run_norm_fwd(NormFwd a, const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias);
-void run_norm_bwd(NormBwd a, const Tensor& x, const MaybeTensor& weight, const NormBwdOut& out);
+void run_norm_fwd(
+    NormFwd a, const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias, const Dropout& dropout);
+void run_norm_bwd(NormBwd a, const Tensor& x, const MaybeTensor& weight, const NormBwdOut& out, const Dropout& dropout);
 
 inline NormFwdOut norm_fwd(
     bool centered,
@@ -78,7 +79,6 @@ inline NormFwdOut norm_fwd(
   a.n = x.size(x.dim() - 1);
   a.rows = x.numel() / a.n;
   a.eps = static_cast<float>(eps);
-  a.dropout = dropout;
   a.x = x_rows.data();
   a.x_stride = x_rows.stride;
   if (residual.has_value()) {
@@ -90,7 +90,7 @@ inline NormFwdOut norm_fwd(
   a.y = out.y.mutable_data_ptr();
   a.mean = centered ? static_cast<float*>(out.mean.mutable_data_ptr()) : nullptr;
   a.rstd = static_cast<float*>(out.rstd.mutable_data_ptr());
-  run_norm_fwd(a, x, weight, bias);
+  run_norm_fwd(a, x, weight, bias, dropout);
   return out;
 }
 
@@ -105,7 +105,7 @@ inline NormBwdOut norm_bwd(
     const MaybeTensor& bias,
     bool weight_grad,
     bool bias_grad,
-    const std::optional<Dropout>& dropout = std::nullopt) {
+    std::optional<Dropout> dropout = std::nullopt) {
   check_rows("dy", dy, x);
   check_rows("dsum", dsum, x);
   check_statistic("mean", mean, x);
@@ -150,10 +150,9 @@ inline NormBwdOut norm_bwd(
   a.rstd = static_cast<const float*>(rstd_dense.const_data_ptr());
   a.dx = out.dx.mutable_data_ptr();
   if (dropout) {
-    a.dropout = *dropout;
-    a.dbranch = out.dbranch.mutable_data_ptr();
+    dropout->dbranch = out.dbranch.mutable_data_ptr();
   }
-  run_norm_bwd(a, x, weight, out);
+  run_norm_bwd(a, x, weight, out, dropout.value_or(Dropout{}));
   return out;
 }
 

@@ -7,14 +7,6 @@
 
 namespace fastllm {
 
-// Dropout of x before it is added to the residual (CPU only; on a GPU, kernels/_dropout_norm.py). Element (row, column)
-// is kept where the upper 24 bits of word column % 4 of Philox at (column / 4, row, row >> 32, 0) reach the threshold.
-struct Dropout {
-  uint64_t seed;
-  uint32_t threshold;  // rate * 2^24
-  float scale;         // 1 / (1 - rate) of what is kept
-};
-
 // Activations are of type `dtype`; rows are dense inside and `*_stride` elements apart, outputs dense throughout.
 // Weight and bias are dense, of type float, or (GPU only) of the activations' type where `*_is_float` is false.
 // Null: no residual, weight, bias, mean (RMSNorm), dsum; no gradient wanted.
@@ -33,7 +25,6 @@ struct NormFwd {
   const void* bias;
   bool bias_is_float;
   void* y;
-  Dropout dropout;
   void* sum;  // x + residual in the activations' type; written only if there is a residual
   float* mean;
   float* rstd;
@@ -56,9 +47,18 @@ struct NormBwd {
   const float* mean;
   const float* rstd;
   void* dx;
-  Dropout dropout;
-  void* dbranch;  // with dropout (CPU only): the gradient of what went through it, and dx that of the residual
-  bool streamed;  // CPU only: as above, for dx and dbranch
+  bool streamed;  // CPU only: as above, for dx
+};
+
+// Dropout of x before it is added to the residual, on the CPU only: on a GPU, kernels/_dropout_norm.py has it. Element
+// (row, column) is kept where the upper 24 bits of word column % 4 of Philox at (column / 4, row, row >> 32, 0) reach
+// the threshold. Beside the arguments, not in them: CUDA kernels take those by value, and eight bytes more are eight
+// bytes spilled.
+struct Dropout {
+  uint64_t seed;
+  uint32_t threshold;  // rate * 2^24
+  float scale;         // 1 / (1 - rate) of what is kept
+  void* dbranch;       // in the backward: the gradient of what went through it; dx is then that of the residual
 };
 
 }  // namespace fastllm

@@ -15,7 +15,8 @@ inline Dropout dropout_of(const Tensor& seed, double p) {
   return {
       static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr())),
       static_cast<uint32_t>(std::nearbyint(p * 0x1p24)),
-      static_cast<float>(p < 1.0 ? 1.0 / (1.0 - p) : 0.0)};
+      static_cast<float>(p < 1.0 ? 1.0 / (1.0 - p) : 0.0),
+      nullptr};
 }
 
 inline std::tuple<Tensor, Tensor, Tensor, Tensor> dropout_add_layer_norm_fwd(

@@ -57,17 +57,20 @@ Tensor new_output(const Tensor& x) {
   return output;
 }
 
-void run_norm_fwd(NormFwd a, const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias) {
+void run_norm_fwd(
+    NormFwd a, const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias, const Dropout& dropout) {
   std::vector<float> weight_buffer, bias_buffer;
   a.weight = as_floats(weight, weight_buffer);
   a.bias = as_floats(bias, bias_buffer);
   a.weight_is_float = a.bias_is_float = true;
   a.streamed = should_stream(a.y, bytes_of(x), bytes_of(x) / a.rows);
   const NormRows& kernel = FASTLLM_KERNELS(norm_rows);
-  torch::stable::parallel_for(0, a.rows, grain(a.n), [&](int64_t begin, int64_t end) { kernel.fwd(a, begin, end); });
+  torch::stable::parallel_for(
+      0, a.rows, grain(a.n), [&](int64_t begin, int64_t end) { kernel.fwd(a, dropout, begin, end); });
 }
 
-void run_norm_bwd(NormBwd a, const Tensor& x, const MaybeTensor& weight, const NormBwdOut& out) {
+void run_norm_bwd(
+    NormBwd a, const Tensor& x, const MaybeTensor& weight, const NormBwdOut& out, const Dropout& dropout) {
   // Rows are cut into blocks, each with partial sums of its own, added in order afterwards: the result depends on
   // neither the number of threads nor their timing, and long sums stay short. 16 rows a block bound the partial sums'
   // memory by that of x.
@@ -78,7 +81,7 @@ void run_norm_bwd(NormBwd a, const Tensor& x, const MaybeTensor& weight, const N
   a.weight_is_float = true;
   const int64_t row_bytes = bytes_of(x) / a.rows;
   a.streamed = should_stream(a.dx, bytes_of(x), row_bytes) &&
-               (a.dbranch == nullptr || should_stream(a.dbranch, bytes_of(x), row_bytes));
+               (dropout.dbranch == nullptr || should_stream(dropout.dbranch, bytes_of(x), row_bytes));
   auto block_of = [&](std::vector<float>& sums, int64_t block) {
     return sums.empty() ? nullptr : sums.data() + block * a.n;
   };
@@ -86,7 +89,7 @@ void run_norm_bwd(NormBwd a, const Tensor& x, const MaybeTensor& weight, const N
   torch::stable::parallel_for(0, blocks, grain(block_rows * a.n), [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = std::min(a.rows, block * block_rows), last = std::min(a.rows, first + block_rows);
-      kernel.bwd(a, first, last, block_of(dweight, block), block_of(dbias, block));
+      kernel.bwd(a, dropout, first, last, block_of(dweight, block), block_of(dbias, block));
     }
   });
   auto reduce = [&](const std::vector<float>& sums, const Tensor& result) {

@@ -8,8 +8,8 @@ namespace fastllm {
 
 // Rows [begin, end). The backward adds these rows' part to dweight and dbias (n floats each, or null).
 struct NormRows {
-  void (*fwd)(const NormFwd&, int64_t begin, int64_t end);
-  void (*bwd)(const NormBwd&, int64_t begin, int64_t end, float* dweight, float* dbias);
+  void (*fwd)(const NormFwd&, const Dropout&, int64_t begin, int64_t end);
+  void (*bwd)(const NormBwd&, const Dropout&, int64_t begin, int64_t end, float* dweight, float* dbias);
 };
 
 FASTLLM_DECLARE_KERNELS(NormRows, norm_rows)

@@ -36,7 +36,7 @@ Tensor new_output(const Tensor& x) {
   return torch::stable::new_empty(x, x.sizes());
 }
 
-void run_norm_fwd(NormFwd a, const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias) {
+void run_norm_fwd(NormFwd a, const Tensor& x, const MaybeTensor& weight, const MaybeTensor& bias, const Dropout&) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const MaybeTensor w = as_param(weight, x.scalar_type()), b = as_param(bias, x.scalar_type());
   a.weight = data(w);
@@ -47,7 +47,7 @@ void run_norm_fwd(NormFwd a, const Tensor& x, const MaybeTensor& weight, const M
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-void run_norm_bwd(NormBwd a, const Tensor& x, const MaybeTensor& weight, const NormBwdOut& out) {
+void run_norm_bwd(NormBwd a, const Tensor& x, const MaybeTensor& weight, const NormBwdOut& out, const Dropout&) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const MaybeTensor w = as_param(weight, x.scalar_type());
   a.weight = data(w);

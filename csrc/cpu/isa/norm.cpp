@@ -55,7 +55,7 @@ inline Vec dropped(Vec x, Vec factor) {
 }
 
 template <bool kCentered, class T>
-void fwd_rows(const NormFwd& a, int64_t begin, int64_t end) {
+void fwd_rows(const NormFwd& a, const Dropout& dropout, int64_t begin, int64_t end) {
   const int64_t n = a.n;
   const float* weight = static_cast<const float*>(a.weight);
   const float* bias = static_cast<const float*>(a.bias);
@@ -90,11 +90,11 @@ void fwd_rows(const NormFwd& a, int64_t begin, int64_t end) {
     if (a.residual != nullptr) {
       const T* residual = static_cast<const T*>(a.residual) + row * a.residual_stride;
       T* total = static_cast<T*>(a.sum) + row * n;
-      if (a.dropout.threshold > 0) {
+      if (dropout.threshold > 0) {
         float factors[kBlock + kGroup];
         for (int64_t start = 0; start < n; start += kBlock) {
           const int64_t stop = start + kBlock < n ? start + kBlock : n;
-          fill_factors(factors, a.dropout, row, start, stop - start);
+          fill_factors(factors, dropout, row, start, stop - start);
           for_each_vector(start, stop, [&](int64_t i, auto... count) {
             const Vec branch = dropped(load(x + i, count...), load(factors + i - start));
             store(total + i, branch + load(residual + i, count...), count...);
@@ -145,7 +145,7 @@ void fwd_rows(const NormFwd& a, int64_t begin, int64_t end) {
 }
 
 template <bool kCentered, class T>
-void bwd_rows(const NormBwd& a, int64_t begin, int64_t end, float* dweight, float* dbias) {
+void bwd_rows(const NormBwd& a, const Dropout& dropout, int64_t begin, int64_t end, float* dweight, float* dbias) {
   const int64_t n = a.n;
   const float* weight = static_cast<const float*>(a.weight);
   for (int64_t row = begin; row < end; ++row) {
@@ -195,17 +195,17 @@ void bwd_rows(const NormBwd& a, int64_t begin, int64_t end, float* dweight, floa
       }
       store_output(dx + i, out, a.streamed, count...);
       if (factor != nullptr) {
-        store_output(static_cast<T*>(a.dbranch) + row * n + i, dropped(out, load(factor)), a.streamed, count...);
+        store_output(static_cast<T*>(dropout.dbranch) + row * n + i, dropped(out, load(factor)), a.streamed, count...);
       }
     };
-    if (a.dbranch == nullptr) {
+    if (dropout.dbranch == nullptr) {
       for_each_vector(0, n, [&](int64_t i, auto... count) { write_dx(i, nullptr, count...); });
       continue;
     }
     float factors[kBlock + kGroup];
     for (int64_t start = 0; start < n; start += kBlock) {
       const int64_t stop = start + kBlock < n ? start + kBlock : n;
-      fill_factors(factors, a.dropout, row, start, stop - start);
+      fill_factors(factors, dropout, row, start, stop - start);
       for_each_vector(start, stop, [&](int64_t i, auto... count) { write_dx(i, factors + i - start, count...); });
     }
   }
@@ -213,35 +213,36 @@ void bwd_rows(const NormBwd& a, int64_t begin, int64_t end, float* dweight, floa
 }
 
 template <bool kCentered>
-void fwd_typed(const NormFwd& a, int64_t begin, int64_t end) {
+void fwd_typed(const NormFwd& a, const Dropout& dropout, int64_t begin, int64_t end) {
   switch (a.dtype) {
     case DType::kFloat:
-      return fwd_rows<kCentered, float>(a, begin, end);
+      return fwd_rows<kCentered, float>(a, dropout, begin, end);
     case DType::kBFloat16:
-      return fwd_rows<kCentered, BFloat16>(a, begin, end);
+      return fwd_rows<kCentered, BFloat16>(a, dropout, begin, end);
     case DType::kHalf:
-      return fwd_rows<kCentered, Half>(a, begin, end);
+      return fwd_rows<kCentered, Half>(a, dropout, begin, end);
   }
 }
 
 template <bool kCentered>
-void bwd_typed(const NormBwd& a, int64_t begin, int64_t end, float* dweight, float* dbias) {
+void bwd_typed(const NormBwd& a, const Dropout& dropout, int64_t begin, int64_t end, float* dweight, float* dbias) {
   switch (a.dtype) {
     case DType::kFloat:
-      return bwd_rows<kCentered, float>(a, begin, end, dweight, dbias);
+      return bwd_rows<kCentered, float>(a, dropout, begin, end, dweight, dbias);
     case DType::kBFloat16:
-      return bwd_rows<kCentered, BFloat16>(a, begin, end, dweight, dbias);
+      return bwd_rows<kCentered, BFloat16>(a, dropout, begin, end, dweight, dbias);
     case DType::kHalf:
-      return bwd_rows<kCentered, Half>(a, begin, end, dweight, dbias);
+      return bwd_rows<kCentered, Half>(a, dropout, begin, end, dweight, dbias);
   }
 }
 
-void fwd(const NormFwd& a, int64_t begin, int64_t end) {
-  a.centered ? fwd_typed<true>(a, begin, end) : fwd_typed<false>(a, begin, end);
+void fwd(const NormFwd& a, const Dropout& dropout, int64_t begin, int64_t end) {
+  a.centered ? fwd_typed<true>(a, dropout, begin, end) : fwd_typed<false>(a, dropout, begin, end);
 }
 
-void bwd(const NormBwd& a, int64_t begin, int64_t end, float* dweight, float* dbias) {
-  a.centered ? bwd_typed<true>(a, begin, end, dweight, dbias) : bwd_typed<false>(a, begin, end, dweight, dbias);
+void bwd(const NormBwd& a, const Dropout& dropout, int64_t begin, int64_t end, float* dweight, float* dbias) {
+  a.centered ? bwd_typed<true>(a, dropout, begin, end, dweight, dbias)
+             : bwd_typed<false>(a, dropout, begin, end, dweight, dbias);
 }
 
 }  // namespace

@@ -118,6 +118,34 @@ def test_gated_feed_forwards(act, op, order, packed):
     torch.testing.assert_close(results(module, x), before)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_activations_are_told_apart_in_16_bits(dtype):
+    tanh = lambda x: F.gelu(x, approximate="tanh")  # noqa: E731
+    quick = lambda x: x * torch.sigmoid(1.702 * x)  # noqa: E731
+    for act, kind in ((F.silu, "silu"), (F.gelu, "gelu"), (tanh, "gelu_tanh"), (quick, None), (F.mish, None)):
+        module = Feed(act).to(dtype)
+        report = patch(module)
+        assert bool(report.replaced) == (kind is not None), report
+        if kind:
+            assert module.forward.args[1].activation == kind
+
+
+class Scaled(RMS):
+    def forward(self, hidden):
+        return 1.05 * super().forward(hidden)
+
+
+class Act(nn.Module):
+    def forward(self, x):
+        return x * torch.sigmoid(x)
+
+
+def test_16_bits_hide_nothing():
+    assert not patch(Scaled().bfloat16()).replaced
+    model = nn.Sequential(nn.Linear(4, 4), Act()).bfloat16()
+    assert not patch(model).replaced
+
+
 def test_what_only_looks_like_it_is_left_and_said_so():
     model = nn.Sequential(Center(), Dropping(), RMS())
     report = patch(model)
@@ -142,6 +170,9 @@ def test_only_and_exclude():
     ):
         with patched(model, **kwargs) as report:
             assert {entry.path for entry in report.replaced} == expected
+    for wrong in ({"only": "foo"}, {"exclude": ["*.nothing"]}):
+        with pytest.raises(ValueError, match=r"is no op .* and matches no module"):
+            patch(model, **wrong)
     with pytest.raises(TypeError, match="got 3"):
         patch(model, only=[3])
     with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got str"):
@@ -284,6 +315,30 @@ def test_logits_in_training_only_when_asked_for(model):
     torch.testing.assert_close(model(input_ids=inputs["input_ids"]).logits, wanted.logits)
     loss, logits = model(**inputs, return_dict=False)[:2]
     torch.testing.assert_close((loss, logits), (wanted.loss, wanted.logits))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "granite"])
+def test_models_of_16_bits(name, dtype):
+    model = model_of(name).to(dtype).train()
+    inputs = batch(model)
+    exact = run(model_of(name).double(), inputs, True)["loss"]
+    before = run(model, inputs, True)["loss"].double()
+    report = patch(model)
+    assert "linear_cross_entropy" in {entry.now for entry in report.replaced}, report
+    after = run(model, inputs, True)["loss"].double()
+    assert abs(after - exact) <= 2 * abs(before - exact) + 2e-2 * (1 if dtype == torch.bfloat16 else 0.125)
+    if name == "gemma2":
+        assert "geglu" in {entry.now for entry in report.replaced}
+
+
+def test_patched_twice_and_reverted_twice(model):
+    first, second = patch(model), patch(model)
+    assert not second.replaced, second
+    first.revert()
+    second.revert()
+    assert model.config._attn_implementation != "fastllm"
+    assert not any("forward" in m.__dict__ for m in model.modules())
 
 
 def test_the_loss_of_an_accumulation_window(model):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import fnmatch
 import functools
 from collections.abc import Iterable, Iterator
@@ -35,6 +36,13 @@ class _Choice:
         for name in [*(self.only or ()), *self.exclude]:
             if not isinstance(name, str):
                 raise TypeError(f"patch: only and exclude take names of ops and patterns of paths, got {name!r}")
+
+    def check(self, model: nn.Module) -> None:
+        """Raises ValueError for a name that is no op, and matches no module."""
+        paths = [path for path, _ in model.named_modules()]
+        for name in [*(self.only or ()), *self.exclude]:
+            if name not in KINDS and not fnmatch.filter(paths, name):
+                raise ValueError(f"patch: {name!r} is no op ({', '.join(KINDS)}) and matches no module of the model")
 
     def __call__(self, path: str, kind: str) -> bool:
         def named(patterns: list[str]) -> bool:
@@ -73,11 +81,13 @@ def patch(
         A `PatchReport`; `print` shows it, `revert()` takes everything back.
 
     Raises:
-        PatchError: with strict=True. TypeError: for what is no module or no name.
+        PatchError: with strict=True. TypeError: for what is no module or no name. ValueError: for a name that is no op
+            and matches no module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch: model must be a torch.nn.Module, got {type(model).__name__}")
     wanted = _Choice(only, exclude)
+    wanted.check(model)
     report = PatchReport(model)
     with _probe.quiet(model):
         _patch_modules(report, model, wanted)
@@ -147,7 +157,10 @@ def _patch_modules(report: PatchReport, model: nn.Module, wanted: _Choice) -> No
 def _found(kind: ModuleType, module: nn.Module) -> Any:
     with _probe.quiet(module):
         try:
-            return kind.find(module)
+            short = any(p.dtype in (torch.bfloat16, torch.float16) for p in module.parameters())
+            # What it is shows in float32 only: to 16 bits, one activation looks much like another.
+            known = kind.find(copy.deepcopy(module).float()) if short else None
+            return kind.find(module, known)
         except Differs as differs:
             return differs
         except Exception as error:  # a module may be run in its model only
@@ -160,7 +173,8 @@ def _patch_gelu(
     key = type(module), str(vars(module))
     if key not in known:
         try:
-            _mlps.check_gelu(module, dtype, device)
+            for checked in {torch.float32, dtype}:
+                _mlps.check_gelu(module, checked, device)
             known[key] = True
         except Exception:  # another activation, or no activation at all: it did not match
             known[key] = False
@@ -174,6 +188,8 @@ def _patch_attention(report: PatchReport, model: Any, wanted: _Choice, verify: b
     if not wanted("", "attention"):
         return
     reason = _attention.reason_against(model)
+    if reason is None and model.config._attn_implementation == _attention.NAME:
+        reason = "replaced already"
     if reason is None and not _attention.register():
         reason = "transformers is not installed"
     if reason is not None:

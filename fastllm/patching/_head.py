@@ -16,6 +16,8 @@ from fastllm import backends, ops
 from fastllm.patching._probe import SAME, Differs
 from fastllm.testing import rounding_floor
 
+HUGE = 6e4  # a logit that saturates every softcap, and that float16 has
+
 
 class Head:
     """What head, loss and model share while a loss is computed."""
@@ -133,25 +135,26 @@ def find(model: Any, inputs: dict[str, Tensor]) -> Head:
     generator = torch.Generator().manual_seed(0)
     known = torch.randn(1, _length(inputs), classes, generator=generator) * 20
     known[0, 0] = 1e-3 * known[0, 0].sign()
-    known[0, 1] = 1e6
-    known = known.to(weight.device)
+    known[0, 1] = HUGE
+    known = known.to(weight.device, weight.dtype)
     seen = _logits_of_the_loss(model, module, inputs, known)
     if seen is None:
         raise Differs("its loss is not computed by its loss_function")
     if seen.numel() != known.numel():
         raise Differs(f"its loss is given logits of shape {tuple(seen.shape)}")
-    seen = seen.detach().double().view(known.shape)
-    scale = float((seen[0, 0] / known[0, 0].double()).median())
+    seen, eps = seen.detach().double().view(known.shape), torch.finfo(weight.dtype).eps
+    # Of many, so that the roundings of 16 bits average out.
+    scale = float(seen[0, 0].abs().sum() / known[0, 0].double().abs().sum())
     top = float(seen[0, 1].max())
-    softcap = top if top < 0.5 * scale * 1e6 else 0.0
+    softcap = top if top < 0.5 * scale * HUGE else 0.0
     scaled = scale * known.double()
     computed = softcap * torch.tanh(scaled / softcap) if softcap else scaled
     error = float((computed - seen)[0, 2:].abs().max())
-    if not scale > 0 or not math.isfinite(scale) or not error <= 1e-3 * float(seen[0, 2:].abs().max()):
+    if not scale > 0 or not math.isfinite(scale) or not error <= max(1e-3, 4 * eps) * float(seen[0, 2:].abs().max()):
         raise Differs("what happens to its logits before the loss is more than a scale and a softcap")
     reason = None
     for shift in (True, False):
-        head = Head(_plain(scale), _plain(softcap), shift)
+        head = Head(_plain(scale, eps), _plain(softcap, eps), shift)
         try:
             _check_loss(model, module, head)
         except Differs as differs:
@@ -162,9 +165,10 @@ def find(model: Any, inputs: dict[str, Tensor]) -> Head:
     raise reason
 
 
-def _plain(number: float) -> float:
-    """As it was written: float32 has seven digits of it."""
-    return float(f"{number:.6g}")
+def _plain(number: float, eps: float) -> float:
+    """As it was written, of which float32 leaves six digits and the mean of 16 bits three or four."""
+    short = float(f"{number:.3g}")
+    return short if abs(number / (short or 1.0) - 1) < eps / 4 else float(f"{number:.6g}")
 
 
 def _length(inputs: dict[str, Tensor]) -> int:

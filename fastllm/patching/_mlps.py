@@ -80,8 +80,8 @@ def signature(module: nn.Module) -> tuple:
     return type(module), parameters, children, plain
 
 
-def find(module: nn.Module) -> Gated:
-    """What the module computes.
+def find(module: nn.Module, only: Gated | None = None) -> Gated:
+    """What the module computes; `only` is the one answer that is asked for.
 
     Raises:
         Differs: if it is no gated feed-forward.
@@ -120,6 +120,8 @@ def find(module: nn.Module) -> Gated:
         _probe.check(module, lambda x: forward(module, kind, x), truth, x)
 
     candidates = list(itertools.product(layouts, ("silu", "gelu_tanh", "gelu")))
+    if only is not None:
+        candidates = [((only.gate, only.up, only.down), only.activation)]
     (gate_name, up, down), activation = _probe.first_match(candidates, attempt)
     return Gated(gate_name, up, down, activation)
 

@@ -64,8 +64,8 @@ def signature(module: nn.Module) -> tuple:
     return type(module), parameters, tuple(_eps(module))
 
 
-def find(module: nn.Module) -> tuple[Norm, tuple[str | None, str | None]]:
-    """What the module computes, and the names of its weight and bias.
+def find(module: nn.Module, only: tuple | None = None) -> tuple[Norm, tuple[str | None, str | None]]:
+    """What the module computes, and the names of its weight and bias; `only` is the one answer that is asked for.
 
     Raises:
         Differs: if that is no norm.
@@ -91,6 +91,9 @@ def find(module: nn.Module) -> tuple[Norm, tuple[str | None, str | None]]:
         for offset in (0.0, 1.0)
         for centered in ((True,) if bias_name else (False, True))
     ]
+
+    if only is not None:
+        kinds = [only[0]._replace(widened=False)]
 
     def attempt(kind: Norm) -> None:
         def computed(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -18,6 +18,7 @@ COMPILED := setup.py pyproject.toml $(shell find csrc -type f)
 
 help:
 	@echo "make demo    train a small GPT on English prose and compare its step with PyTorch's (4 minutes)"
+	@echo "make setup   what the others do first: .venv, with everything built and installed"
 	@echo "make test    the test suite"
 	@echo "make lint    ruff, clang-format, mypy"
 	@echo "make format  rewrite the sources as lint wants them"

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
+import re
 import warnings
 import weakref
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from resource import RUSAGE_SELF, getrusage
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,6 +56,12 @@ def liger() -> Callable | None:
     return _apply_liger_kernel_to_instance
 
 
+def _peak() -> int:
+    """Bytes of memory that this process has held at most. (`getrusage` would tell its parent's, if that is larger.)"""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"VmHWM:\s*(\d+)", status).group(1))  # type: ignore[union-attr]
+
+
 def _work(
     pipe: Connection,
     name: str,
@@ -83,8 +90,7 @@ def _work(
                 optimizer.zero_grad(set_to_none=True)
                 pipe.send(None)
             elif order == "peak":
-                cuda = device == "cuda"
-                pipe.send(torch.cuda.max_memory_allocated() if cuda else 1024 * getrusage(RUSAGE_SELF).ru_maxrss)
+                pipe.send(torch.cuda.max_memory_allocated() if device == "cuda" else _peak())
             else:
                 with torch.autocast(device, torch.bfloat16, enabled=bf16):
                     loss = call(input_ids=ids, labels=ids, use_cache=False).loss

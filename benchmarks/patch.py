@@ -32,11 +32,11 @@ VOCABULARY = 50257
 STEPS = 3  # on which the losses are compared
 
 
-def gpt2(layers: int, heads: int, width: int, **changes: Any) -> torch.nn.Module:
+def gpt2(layers: int, heads: int, width: int) -> torch.nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    return GPT2LMHeadModel(GPT2Config(n_layer=layers, n_head=heads, n_embd=width, **none, **changes))
+    return GPT2LMHeadModel(GPT2Config(n_layer=layers, n_head=heads, n_embd=width, **none))
 
 
 def llama(layers: int, heads: int, width: int) -> torch.nn.Module:

@@ -210,28 +210,26 @@ def registries() -> dict[str, dict[type, type]]:
     }
 
 
-def model_of(name: str, **changes: Any) -> nn.Module:
-    """A small model of a type, by transformers' name of it, with some of its configuration changed."""
-    from transformers import AutoConfig
-
-    config = tiny_config(type(AutoConfig.for_model(name)))
-    for key, value in changes.items():
-        setattr(config, key, value)
-    for mapping in registries().values():
-        if type(config) in mapping:
-            return build(_first(mapping[type(config)]), config)
-    raise ValueError(f"no language model of type {name}")
-
-
-def tiny_of(name: str) -> nn.Module:
-    """As `model_of`, but what the type does not bear is left at its default."""
+def _classes_of(name: str) -> tuple[type, type]:
+    """Model and configuration of a type, by transformers' name of it; of several tasks the last one's."""
     from transformers import AutoConfig
 
     config_class = type(AutoConfig.for_model(name))
     for mapping in reversed(registries().values()):
         if config_class in mapping:
-            return tiny(_first(mapping[config_class]), config_class)
+            return _first(mapping[config_class]), config_class
     raise ValueError(f"no language model of type {name}")
+
+
+def model_of(name: str) -> nn.Module:
+    """A small model of a type."""
+    model_class, config_class = _classes_of(name)
+    return build(model_class, tiny_config(config_class))
+
+
+def tiny_of(name: str) -> nn.Module:
+    """As `model_of`, but what the type does not bear is left at its default."""
+    return tiny(*_classes_of(name))
 
 
 def _first(models: Any) -> type:

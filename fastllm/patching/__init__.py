@@ -6,7 +6,7 @@ import contextlib
 import copy
 import fnmatch
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastllm.backends import explain
 from fastllm.patching import _attention, _head, _mlps, _norms, _probe
-from fastllm.patching._compare import Comparison, compare
+from fastllm.patching._compare import Comparison, compare, difference
 from fastllm.patching._inputs import random_inputs
 from fastllm.patching._probe import Differs
 from fastllm.patching._report import Entry, PatchError, PatchReport
@@ -120,8 +120,7 @@ def _device_and_dtype(model: nn.Module) -> tuple[torch.device, torch.dtype]:
 
 def _backend(op: str, device: torch.device, dtype: torch.dtype) -> str:
     args, kwargs = sample(op, device, dtype)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        return explain(op, *args, **kwargs).backend
+    return explain(op, *args, **kwargs).backend
 
 
 def _patch_modules(report: PatchReport, model: nn.Module, wanted: _Choice) -> None:
@@ -149,22 +148,22 @@ def _patch_modules(report: PatchReport, model: nn.Module, wanted: _Choice) -> No
                 backends[op] = backends.get(op) or _backend(op, device, dtype)
                 report.set_forward(module, kind.replacement(module, found))
                 report.append(Entry(path, was, op, backends[op]))
-        inside = any(path.startswith(f"{e.path}.") for e in report.replaced)  # a feed-forward that does not call it
-        if not inside and _mlps.may_be_gelu(module) and "forward" not in module.__dict__ and wanted(path, "gelu"):
-            _patch_gelu(report, path, module, known, dtype, device)
+        if _mlps.may_be_gelu(module) and "forward" not in module.__dict__ and wanted(path, "gelu"):
+            inside = any(path.startswith(f"{entry.path}.") for entry in report.replaced)
+            if not inside:  # of a feed-forward that was replaced: nobody calls it
+                _patch_gelu(report, path, module, known, dtype, device)
 
 
 def _found(kind: ModuleType, module: nn.Module) -> Any:
-    with _probe.quiet(module):
-        try:
-            short = any(p.dtype in (torch.bfloat16, torch.float16) for p in module.parameters())
-            # What it is shows in float32 only: to 16 bits, one activation looks much like another.
-            known = kind.find(copy.deepcopy(module).float()) if short else None
-            return kind.find(module, known)
-        except Differs as differs:
-            return differs
-        except Exception as error:  # a module may be run in its model only
-            return Differs(f"it cannot be run by itself: {type(error).__name__}: {str(error)[:100]}")
+    try:
+        short = any(p.dtype in (torch.bfloat16, torch.float16) for p in module.parameters())
+        # What it is shows in float32 only: to 16 bits, one activation looks much like another.
+        known = kind.find(copy.deepcopy(module).float()) if short else None
+        return kind.find(module, known)
+    except Differs as differs:
+        return differs
+    except Exception as error:  # a module may be run in its model only
+        return Differs(f"it cannot be run by itself: {_probe.told(error)}")
 
 
 def _patch_gelu(
@@ -187,40 +186,42 @@ def _patch_attention(report: PatchReport, model: Any, wanted: _Choice, verify: b
     was = f"attention: {model.config._attn_implementation}"
     if not wanted("", "attention"):
         return
-    reason = _attention.reason_against(model)
-    if reason is None and model.config._attn_implementation == _attention.NAME:
-        reason = "replaced already"
-    if reason is None and not _attention.register():
-        reason = "transformers is not installed"
-    if reason is not None:
-        report.append(Entry("", was, reason=reason))
-        return
     device, dtype = _device_and_dtype(model)
+    try:
+        report.on_revert(_switched(model, device, dtype, verify))
+    except Differs as differs:
+        report.append(Entry("", was, reason=str(differs)))
+    else:
+        report.append(Entry("", was, "attention", _backend("attention", device, dtype)))
+
+
+def _switched(model: Any, device: torch.device, dtype: torch.dtype, verify: bool) -> Callable[[], None]:
+    """Sets the model's attention to ours; returns what sets it back.
+
+    Raises:
+        Differs: if that cannot be, or the model then computes something else; its attention is as before.
+    """
+    reason = _attention.reason_against(model)
+    if reason is not None:
+        raise Differs(reason)
     inputs = before = None
     if verify:
         try:
             inputs = random_inputs(model, device)
             before = _outputs(model, inputs)
         except Exception as error:
-            reason = f"it cannot be run on random inputs: {type(error).__name__}: {str(error)[:100]}"
-            report.append(Entry("", was, reason=reason))
-            return
+            raise Differs(f"it cannot be run on random inputs: {_probe.told(error)}") from error
     undo = _attention.switch(model)
-    if model.config._attn_implementation != _attention.NAME:
-        undo()
-        report.append(Entry("", was, reason="it keeps its own attention"))
-        return
-    if verify:
+    reason = None if model.config._attn_implementation == _attention.NAME else "it keeps its own attention"
+    if verify and reason is None:
         try:
-            differs = _difference(before, _outputs(model, inputs), dtype)
+            reason = _difference(before, _outputs(model, inputs), dtype)
         except Exception as error:
-            differs = f"it does not run: {type(error).__name__}: {str(error)[:100]}"
-        if differs:
-            undo()
-            report.append(Entry("", was, reason=differs))
-            return
-    report.on_revert(undo)
-    report.append(Entry("", was, "attention", _backend("attention", device, dtype)))
+            reason = f"it does not run: {_probe.told(error)}"
+    if reason is not None:
+        undo()
+        raise Differs(reason)
+    return undo
 
 
 def _outputs(model: Any, inputs: Any) -> list[Tensor]:
@@ -237,8 +238,7 @@ def _outputs(model: Any, inputs: Any) -> list[Tensor]:
 
 def _difference(before: Any, after: list[Tensor], dtype: torch.dtype) -> str | None:
     for what, a, b in zip(("output", "gradient"), before, after, strict=False):
-        a, b = a.double(), b.double()
-        largest, worst = float(a.abs().max()), float((a - b).abs().max())
+        worst, largest = difference(a, b)
         if not worst <= 1000 * torch.finfo(dtype).eps ** (1.0 if dtype == torch.float32 else 1.5) * largest:
             return f"the {what} of the whole model differs by {worst:.1e} where the largest is {largest:.1e}"
     return None
@@ -257,13 +257,10 @@ def _patch_head(report: PatchReport, model: Any, wanted: _Choice) -> None:
         if "forward" in model.__dict__:
             raise Differs("the model's forward was replaced already")
         model.eval()
-        head = _head.find(model, random_inputs(model, device))
-    except Differs as differs:
-        report.append(Entry(path, was, reason=str(differs)))
-        return
+        head = _head.find(model, module, random_inputs(model, device))
     except Exception as error:
-        reason = f"it cannot be run on random inputs: {type(error).__name__}: {str(error)[:100]}"
-        report.append(Entry(path, was, reason=reason))
+        said = str(error) if isinstance(error, Differs) else f"it cannot be run on random inputs: {_probe.told(error)}"
+        report.append(Entry(path, was, reason=said))
         return
     _head.install(report, model, head)
     report.append(Entry(path, was, "linear_cross_entropy", _backend("linear_cross_entropy", device, dtype)))

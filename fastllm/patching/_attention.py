@@ -103,12 +103,14 @@ def _with_weights(module, query, key, value, mask, dropout, scaling, position_bi
     return eager(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
 
 
-def reason_against(model: nn.Module) -> str | None:
-    """Why a transformers model cannot take another attention, or None."""
+def reason_against(model: Any) -> str | None:
+    """Why a transformers model cannot take this attention, or None, and NAME is known to transformers."""
     can = getattr(model, "_can_set_attn_implementation", None)
     if can is None or not can():
         return "its attention does not go through transformers' AttentionInterface"
-    return None
+    if model.config._attn_implementation == NAME:
+        return "replaced already"
+    return None if register() else "transformers is not installed"
 
 
 def switch(model: Any) -> Callable[[], None]:
@@ -119,15 +121,12 @@ def switch(model: Any) -> Callable[[], None]:
             inner = getattr(config, name, None)
             if inner is not None:
                 configs[id(inner)] = inner
-    before = [(config, config._attn_implementation_internal) for config in configs.values() if _has_internal(config)]
+    name = "_attn_implementation_internal"
+    before = [(config, getattr(config, name)) for config in configs.values() if hasattr(config, name)]
     model.set_attn_implementation(NAME)
 
     def undo() -> None:
-        for config, name in before:
-            config._attn_implementation_internal = name
+        for config, value in before:
+            setattr(config, name, value)
 
     return undo
-
-
-def _has_internal(config: Any) -> bool:
-    return hasattr(config, "_attn_implementation_internal")

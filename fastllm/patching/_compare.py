@@ -39,7 +39,8 @@ class Comparison:
         return max((difference / (largest or 1.0) for difference, largest in pairs), default=0.0)
 
 
-def _difference(a: Tensor, b: Tensor) -> tuple[float, float]:
+def difference(a: Tensor, b: Tensor) -> tuple[float, float]:
+    """The largest difference, and the largest absolute value of `a`."""
     a, b = a.detach().double(), b.detach().double()
     return float((a - b).abs().max()) if a.numel() else 0.0, float(a.abs().max()) if a.numel() else 0.0
 
@@ -93,13 +94,13 @@ def compare(model: nn.Module, batch: Mapping[str, Any], *, seed: int = 0, **patc
         after = _Run(model, batch, paths, seed)
     result = Comparison()
     if isinstance(before.loss, Tensor) and isinstance(after.loss, Tensor):
-        result.loss = _difference(before.loss, after.loss)
+        result.loss = difference(before.loss, after.loss)
     logits = [run.output.get("logits") if isinstance(run.output, Mapping) else None for run in (before, after)]
     if all(isinstance(x, Tensor) for x in logits):
-        result.logits = _difference(*logits)  # type: ignore[arg-type]
+        result.logits = difference(*logits)  # type: ignore[arg-type]
     for path, x in before.layers.items():
         if path in after.layers and after.layers[path].shape == x.shape:
-            result.layers[path] = _difference(x, after.layers[path])
+            result.layers[path] = difference(x, after.layers[path])
     for name, grad in before.grads.items():
-        result.gradients[name] = _difference(grad, after.grads.get(name, torch.zeros_like(grad)))
+        result.gradients[name] = difference(grad, after.grads.get(name, torch.zeros_like(grad)))
     return result

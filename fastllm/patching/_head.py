@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastllm import backends, ops
-from fastllm.patching._probe import SAME, Differs
-from fastllm.testing import rounding_floor
+from fastllm.patching._probe import Differs, judge, told
 
 HUGE = 6e4  # a logit that saturates every softcap, and that float16 has
 
@@ -93,12 +92,10 @@ def model_forward(model: Any, head: Head, *args: Any, output_logits: bool = Fals
     return type(output)(**{key: value for key, value in output.items() if key != "logits"})
 
 
-def install(report: Any, model: Any, head: Head) -> None:
-    """Sets the three forwards on this model."""
-    module = model.get_output_embeddings()
-    report.set_forward(module, functools.partial(head_forward, module, head))
+def _set_loss(model: Any, function: Callable) -> Callable[[], None]:
+    """Gives the model another loss_function; returns what takes it back."""
     before = model.__dict__.get("_loss_function")
-    model.loss_function = functools.partial(loss_function, model, head, model.loss_function)
+    model.loss_function = function
 
     def undo() -> None:
         if before is None:
@@ -106,7 +103,14 @@ def install(report: Any, model: Any, head: Head) -> None:
         else:
             model._loss_function = before
 
-    report.on_revert(undo)
+    return undo
+
+
+def install(report: Any, model: Any, head: Head) -> None:
+    """Sets the three forwards on this model."""
+    module = model.get_output_embeddings()
+    report.set_forward(module, functools.partial(head_forward, module, head))
+    report.on_revert(_set_loss(model, functools.partial(loss_function, model, head, model.loss_function)))
     forward = functools.partial(model_forward, model, head)
     parameters = inspect.signature(functools.partial(type(model).forward, model)).parameters.values()
     # Trainers and `generate` look at what the forward takes. Without annotations, which may not be pickled.
@@ -116,16 +120,15 @@ def install(report: Any, model: Any, head: Head) -> None:
     report.set_forward(model, forward)
 
 
-def find(model: Any, inputs: dict[str, Tensor]) -> Head:
+def find(model: Any, module: Any, inputs: dict[str, Tensor]) -> Head:
     """What lies between the head's logits and the loss: a scale and a softcap, read off what the loss is given when the
     head gives numbers that are known.
 
     Raises:
         Differs: if the model has no such head and loss, or computes something else.
     """
-    module = getattr(model, "get_output_embeddings", lambda: None)()
     weight = getattr(module, "weight", None)
-    if module is None or weight is None or weight.dim() != 2:
+    if weight is None or weight.dim() != 2:
         raise Differs("it has no linear output embeddings")
     if "forward" in module.__dict__:
         raise Differs("the forward of its head was replaced already")
@@ -178,27 +181,22 @@ def _length(inputs: dict[str, Tensor]) -> int:
 def _logits_of_the_loss(model: Any, module: nn.Module, inputs: dict[str, Tensor], known: Tensor) -> Tensor | None:
     """What the loss_function gets when the head gives `known`."""
     seen: list[Tensor] = []
-    before = model.__dict__.get("_loss_function")
 
     def take(logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         seen.append(logits)
         return logits.sum() * 0
 
-    model.loss_function = take
-    dtype = module.weight.dtype
-    module.__dict__["forward"] = lambda hidden: known.to(dtype if isinstance(dtype, torch.dtype) else torch.float32)
+    undo = _set_loss(model, take)
+    module.__dict__["forward"] = lambda hidden: known
     labels = torch.zeros(1, known.shape[1], dtype=torch.int64, device=known.device)
     try:
         with torch.no_grad():
             type(model).forward(model, **inputs, labels=labels)
     except Exception as error:
-        raise Differs(f"it cannot be run on random inputs: {type(error).__name__}: {error}") from error
+        raise Differs(f"it cannot be run on random inputs: {told(error)}") from error
     finally:
         del module.__dict__["forward"]
-        if before is None:
-            model.__dict__.pop("_loss_function", None)
-        else:
-            model._loss_function = before
+        undo()
     return seen[0] if seen else None
 
 
@@ -227,7 +225,7 @@ def _check_loss(model: Any, module: Any, head: Head) -> None:
             try:
                 loss = fn(x)
             except Exception as error:
-                raise Differs(f"its loss cannot be run: {type(error).__name__}: {error}") from error
+                raise Differs(f"its loss cannot be run: {told(error)}") from error
             results.append((loss.detach(), torch.autograd.grad(loss, x)[0]))
         bias = getattr(module, "bias", None)
         wide: Any = nn.Module()
@@ -237,9 +235,5 @@ def _check_loss(model: Any, module: Any, head: Head) -> None:
             loss = fused_loss(head, x, wide, labels)
         truth = loss.detach(), torch.autograd.grad(loss, x)[0]
     for what, mine, theirs, true in zip(("loss", "gradient"), *results, truth, strict=True):
-        largest = float(true.abs().max())
-        missed, rounding = (float((t.double() - true.double()).abs().max()) for t in (mine, theirs))
-        if not rounding <= SAME * torch.finfo(weight.dtype).eps * max(largest, 1.0):
-            raise Differs(f"its {what} differs by {rounding:.1e} where the largest is {largest:.1e}")
-        if not missed <= 2 * rounding + rounding_floor(true, theirs.dtype, cancelling=1.0):
-            raise Differs(f"{what}: error {missed:.1e}, its own {rounding:.1e}")
+        rounding = torch.finfo(weight.dtype).eps * max(float(true.abs().max()), 1.0)
+        judge(f"its {what}", mine, theirs, true.double(), rounding, cancelling=1.0)

@@ -15,20 +15,20 @@ def vocabulary(model: Any) -> int:
     return int(getattr(embedding, "num_embeddings", None) or model.config.get_text_config().vocab_size)
 
 
-def random_inputs(model: Any, device: torch.device, batch: int = 1, seed: int = 0) -> dict[str, Tensor]:
+def random_inputs(model: Any, device: torch.device) -> dict[str, Tensor]:
     """What the model's forward takes: tokens, with a decoder's where it has an encoder too; else its own dummies.
 
     Raises:
         Exception: whatever a model without tokens raises.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     if getattr(model, "main_input_name", "input_ids") != "input_ids":
         return {name: value.to(device) for name, value in model.dummy_inputs.items()}
     size = vocabulary(model)
     low = min(10, size - 1)  # special tokens stand first; some models look for them
 
     def tokens() -> Tensor:
-        return torch.randint(low, size, (batch, LENGTH), generator=generator).to(device)
+        return torch.randint(low, size, (1, LENGTH), generator=generator).to(device)
 
     inputs = {"input_ids": tokens()}
     if getattr(model.config, "is_encoder_decoder", False):

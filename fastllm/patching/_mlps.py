@@ -74,10 +74,9 @@ def matches(module: nn.Module) -> bool:
 
 
 def signature(module: nn.Module) -> tuple:
-    parameters = tuple((n, tuple(p.shape), p.dtype, p.device, p.requires_grad) for n, p in module.named_parameters())
     children = tuple((name, type(child), str(child)) for name, child in module.named_children())
     plain = tuple((k, v) for k, v in vars(module).items() if isinstance(v, (int, float, str)) and k != "training")
-    return type(module), parameters, children, plain
+    return type(module), _probe.parameters_of(module), children, plain
 
 
 def find(module: nn.Module, only: Gated | None = None) -> Gated:

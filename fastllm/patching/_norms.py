@@ -23,21 +23,19 @@ class Norm(NamedTuple):
     widened: bool  # the result has the dtype that input and weight promote to, not the input's
 
 
-def norm(kind: Norm, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    shape = x.shape[-1:] if weight is None else weight.shape
-    if weight is not None and kind.offset:
+def norm(kind: Norm, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if kind.offset:
         weight = weight + kind.offset
     if kind.centered:
-        y = ops.layer_norm(x, shape, weight, bias, kind.eps)
+        y = ops.layer_norm(x, weight.shape, weight, bias, kind.eps)
     else:
-        y = ops.rms_norm(x, shape, weight, kind.eps)
-    return y.to(torch.promote_types(x.dtype, weight.dtype)) if kind.widened and weight is not None else y
+        y = ops.rms_norm(x, weight.shape, weight, kind.eps)
+    return y.to(torch.promote_types(x.dtype, weight.dtype)) if kind.widened else y
 
 
-def forward(module: nn.Module, kind: Norm, names: tuple[str | None, str | None], x: Tensor) -> Tensor:
+def forward(module: nn.Module, kind: Norm, names: tuple[str, ...], x: Tensor) -> Tensor:
     """The forward of a patched module; its parameters are looked up, for others may exchange them."""
-    weight, bias = (None if name is None else getattr(module, name) for name in names)
-    return norm(kind, x, weight, bias)
+    return norm(kind, x, *(getattr(module, name) for name in names))
 
 
 def matches(module: nn.Module) -> bool:
@@ -60,28 +58,27 @@ def _eps(module: nn.Module) -> list[float]:
 
 def signature(module: nn.Module) -> tuple:
     """Modules of one signature are probed once."""
-    parameters = tuple((n, tuple(p.shape), p.dtype, p.device, p.requires_grad) for n, p in module.named_parameters())
-    return type(module), parameters, tuple(_eps(module))
+    return type(module), _probe.parameters_of(module), tuple(_eps(module))
 
 
-def find(module: nn.Module, only: tuple | None = None) -> tuple[Norm, tuple[str | None, str | None]]:
-    """What the module computes, and the names of its weight and bias; `only` is the one answer that is asked for.
+def find(module: nn.Module, only: tuple | None = None) -> tuple[Norm, tuple[str, ...]]:
+    """What the module computes, and the names of its weight and, if it has one, its bias; `only` is the one answer that
+    is asked for.
 
     Raises:
         Differs: if that is no norm.
     """
     named = dict(module.named_parameters(recurse=False))
-    names = sorted(named, key=lambda name: "bias" in name)
-    weight_name, bias_name = names[0], names[1] if len(names) > 1 else None
-    if bias_name is not None and "bias" not in bias_name:
+    names = tuple(sorted(named, key=lambda name: "bias" in name))
+    biased = len(names) > 1
+    if biased and "bias" not in names[1]:
         raise Differs(f"its parameters are called {', '.join(names)}")
-    weight = named[weight_name]
-    size = weight.numel()
-    if module.training is None or weight.dim() != 1:
+    weight = named[names[0]]
+    if weight.dim() != 1:
         raise Differs(f"it normalizes {weight.dim()} dimensions")
     epsilons = _eps(module) or [torch.finfo(torch.float32).eps]
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(3, 5, size, generator=generator)
+    x = torch.randn(3, 5, weight.numel(), generator=generator)
     x[0] *= max(epsilons) ** 0.5  # where eps counts
     x[1] += 1  # where the mean does
     x = x.to(weight.device, weight.dtype)
@@ -89,30 +86,27 @@ def find(module: nn.Module, only: tuple | None = None) -> tuple[Norm, tuple[str 
         Norm(centered, offset, eps, False)
         for eps in epsilons
         for offset in (0.0, 1.0)
-        for centered in ((True,) if bias_name else (False, True))
+        for centered in ((True,) if biased else (False, True))
     ]
-
     if only is not None:
         kinds = [only[0]._replace(widened=False)]
 
     def attempt(kind: Norm) -> None:
-        def computed(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-            return norm(kind, x, weight, bias)
-
+        computed = functools.partial(norm, kind)
         _probe.check(module, lambda x: computed(x, *(named[n] for n in names)), computed, x)
 
     (kind,) = _probe.first_match([(kind,) for kind in kinds], attempt)
     if weight.dtype != torch.float32:
-        return kind, (weight_name, bias_name)
+        return kind, names
     # Fed 16 bits, as autocast does: modules differ in whether a float32 weight widens the result.
     with torch.no_grad():
         out = type(module).forward(module, x.to(torch.bfloat16))
-    return kind._replace(widened=out.dtype == torch.float32), (weight_name, bias_name)
+    return kind._replace(widened=out.dtype == torch.float32), names
 
 
-def replacement(module: nn.Module, found: tuple[Norm, tuple[str | None, str | None]]) -> Callable:
+def replacement(module: nn.Module, found: tuple[Norm, tuple[str, ...]]) -> Callable:
     return functools.partial(forward, module, *found)
 
 
-def op(found: tuple[Norm, tuple[str | None, str | None]]) -> str:
+def op(found: tuple[Norm, tuple[str, ...]]) -> str:
     return "layer_norm" if found[0].centered else "rms_norm"

@@ -23,9 +23,19 @@ class Differs(Exception):
     """The replacement is not what the module computes, or that cannot be found out; the message says why."""
 
 
+def told(error: Exception) -> str:
+    """An error in few words, for a report."""
+    return f"{type(error).__name__}: {str(error)[:100]}"
+
+
+def parameters_of(module: nn.Module) -> tuple:
+    """What modules of one signature have in common of their parameters: all but the values."""
+    return tuple((n, tuple(p.shape), p.dtype, p.device, p.requires_grad) for n, p in module.named_parameters())
+
+
 @contextlib.contextmanager
 def quiet(module: nn.Module) -> Iterator[None]:
-    """Leaves no trace of a probe: random state, modes, hooks that would see it."""
+    """Leaves no trace of probes: neither in the random state nor in the modules' modes."""
     modes = [(m, m.training) for m in module.modules()]
     devices = [p.device for p in module.parameters() if p.device.type == "cuda"][:1]
     with torch.random.fork_rng(devices=devices):
@@ -67,8 +77,7 @@ def check(module: nn.Module, replacement: Callable, truth: Callable, x: Tensor) 
     original = type(module).forward
     for mode in (True, False):
         module.train(mode)
-        with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
-            *theirs, cotangent = _run(lambda x: original(module, x), x, parameters, None)
+        *theirs, cotangent = _run(lambda x: original(module, x), x, parameters, None)
         *ours, _ = _run(replacement, x, parameters, cotangent)
         with backends.use_backend("reference"):
             *exact, _ = _run(lambda x: truth(x, *doubles), x.double(), wide, cotangent)
@@ -77,18 +86,28 @@ def check(module: nn.Module, replacement: Callable, truth: Callable, x: Tensor) 
             if mine.dtype != stock.dtype or mine.shape != stock.shape:
                 raise Differs(f"{what}: {stock.dtype} {tuple(stock.shape)}, not {mine.dtype} {tuple(mine.shape)}")
             largest = float(true.abs().max())
-            error, rounding = (float((t.double() - true).abs().max()) for t in (mine, stock))
-            if not rounding <= SAME * torch.finfo(stock.dtype).eps * largest:
-                raise Differs(f"{what} differs by {rounding:.1e} where the largest is {largest:.1e}")
-            if not error <= 2 * rounding + rounding_floor(true, stock.dtype, cancelling=largest):
-                raise Differs(f"{what}: error {error:.1e}, the module's own {rounding:.1e}")
+            judge(what, mine, stock, true, torch.finfo(stock.dtype).eps * largest, cancelling=largest)
+
+
+def judge(what: str, mine: Tensor, stock: Tensor, true: Tensor, rounding: float, cancelling: float) -> None:
+    """Raises Differs unless `stock` is `true` to within SAME roundings, and `mine` within the error budget.
+
+    Args:
+        rounding: one rounding of what was computed.
+        cancelling: as `fastllm.testing.rounding_floor`.
+    """
+    missed, stocks = (float((x.double() - true).abs().max()) for x in (mine, stock))
+    if not stocks <= SAME * rounding:
+        raise Differs(f"{what} differs by {stocks:.1e} where the largest is {float(true.abs().max()):.1e}")
+    if not missed <= 2 * stocks + rounding_floor(true, stock.dtype, cancelling=cancelling):
+        raise Differs(f"{what}: error {missed:.1e}, the module's own {stocks:.1e}")
 
 
 def first_match(candidates: Sequence[tuple], attempt: Callable) -> tuple:
     """The first candidate that `attempt` does not refuse.
 
     Raises:
-        Differs: the refusal of the candidate that came closest is not known; the last one's.
+        Differs: with the last refusal, if all are refused.
     """
     reason = Differs("nothing that fastllm computes fits its structure")
     for candidate in candidates:

@@ -79,9 +79,6 @@ struct Ops {
   static F from_int(U a) {
     return __builtin_convertvector((VecI32)a, F);
   }
-  static U mul_high(U a, uint32_t b) {
-    return fastllm::FASTLLM_ISA::mul_high(a, b);
-  }
 };
 
 template <class To, class From>
@@ -256,18 +253,14 @@ void write_codes(const Block& block, void* base, float* scales, int64_t offset, 
 // 16 random bits for each element of a block.
 void fill_random(uint16_t (&random)[kAdamwBlock], uint64_t seed, uint32_t parameter, float step, int64_t offset) {
   uint32_t* words = reinterpret_cast<uint32_t*>(random);
-  VecU32 lane;
-  for (int i = 0; i < kLanes; ++i) {
-    lane[i] = i;
-  }
   for (int64_t e = 0; e < kAdamwBlock; e += 8 * kLanes) {
     const uint64_t counter = (offset + e) / 8;  // a multiple of kLanes: the lanes do not carry
     VecU32 c[4] = {
-        static_cast<uint32_t>(counter) + lane,
+        static_cast<uint32_t>(counter) + lane_indices(),
         Ops::whole(static_cast<uint32_t>(counter >> 32)),
         Ops::whole(parameter),
         Ops::whole(static_cast<uint32_t>(step))};
-    philox<Ops>(c, seed);
+    philox<Random>(c, seed);
     for (int i = 0; i < kLanes; ++i) {
       for (int word = 0; word < 4; ++word) {
         words[(e / 8 + i) * 4 + word] = c[word][i];

@@ -11,30 +11,19 @@ namespace {
 
 constexpr int64_t kBlock = 2048;  // elements summed before they are added to the row's total
 
-struct RandomOps {
-  using U = VecU32;
-  static U mul_high(U a, uint32_t b) {
-    return fastllm::FASTLLM_ISA::mul_high(a, b);
-  }
-};
-
 constexpr int64_t kGroup = 4 * kLanes;  // elements that a vector of counters serves
 
 // What each of the elements [start, start + count) of a row is multiplied by: dropout's scale, or zero.
 void fill_factors(
     float (&factors)[kBlock + kGroup], const Dropout& dropout, int64_t row, int64_t start, int64_t count) {
-  VecU32 lane;
-  for (int i = 0; i < kLanes; ++i) {
-    lane[i] = i;
-  }
   const VecU32 zero = {};
   for (int64_t e = 0; e < count; e += kGroup) {
     VecU32 c[4] = {
-        lane + static_cast<uint32_t>((start + e) / 4),
+        lane_indices() + static_cast<uint32_t>((start + e) / 4),
         zero + static_cast<uint32_t>(row),
         zero + static_cast<uint32_t>(row >> 32),
         zero};
-    philox<RandomOps>(c, dropout.seed);
+    philox<Random>(c, dropout.seed);
     Vec word[4];
     for (int i = 0; i < 4; ++i) {
       word[i] = (c[i] >> 8) >= dropout.threshold ? splat(dropout.scale) : Vec{};

@@ -55,23 +55,37 @@ inline Vec interleave(Vec a, Vec b, int half) {
 #endif
 }
 
-// The upper halves of 64-bit products.
-inline VecU32 mul_high(VecU32 a, uint32_t b) {
-#if defined(__AVX512F__)
-  // By name: GCC 12 multiplies all 64 bits, which takes three times as long.
-  const __m512i factor = _mm512_set1_epi32(static_cast<int>(b));
-  const __m512i even = _mm512_srli_epi64(_mm512_mul_epu32((__m512i)a, factor), 32);
-  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64((__m512i)a, 32), factor);
-  return (VecU32)_mm512_mask_blend_epi32(0xaaaa, even, odd);
-#elif defined(__AVX2__)
-  const __m256i factor = _mm256_set1_epi32(static_cast<int>(b));
-  const __m256i even = _mm256_srli_epi64(_mm256_mul_epu32((__m256i)a, factor), 32);
-  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64((__m256i)a, 32), factor);
-  return (VecU32)_mm256_blend_epi32(even, odd, 0xaa);
-#else
-  return __builtin_convertvector((__builtin_convertvector(a, VecU64) * b) >> 32, VecU32);
-#endif
+// 0, 1, 2, ...
+inline VecU32 lane_indices() {
+  VecU32 lane;
+  for (int i = 0; i < kLanes; ++i) {
+    lane[i] = i;
+  }
+  return lane;
 }
+
+// What math/philox.h asks for.
+struct Random {
+  using U = VecU32;
+
+  // The upper halves of 64-bit products.
+  static U mul_high(U a, uint32_t b) {
+#if defined(__AVX512F__)
+    // By name: GCC 12 multiplies all 64 bits, which takes three times as long.
+    const __m512i factor = _mm512_set1_epi32(static_cast<int>(b));
+    const __m512i even = _mm512_srli_epi64(_mm512_mul_epu32((__m512i)a, factor), 32);
+    const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64((__m512i)a, 32), factor);
+    return (VecU32)_mm512_mask_blend_epi32(0xaaaa, even, odd);
+#elif defined(__AVX2__)
+    const __m256i factor = _mm256_set1_epi32(static_cast<int>(b));
+    const __m256i even = _mm256_srli_epi64(_mm256_mul_epu32((__m256i)a, factor), 32);
+    const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64((__m256i)a, 32), factor);
+    return (VecU32)_mm256_blend_epi32(even, odd, 0xaa);
+#else
+    return __builtin_convertvector((__builtin_convertvector(a, VecU64) * b) >> 32, VecU32);
+#endif
+  }
+};
 
 // v, rounded: the compiler may not take the product that it is into a multiply-add.
 inline Vec rounded(Vec v) {

@@ -1,5 +1,6 @@
 // fastllm._C: what was built and how. Loading it registers the CPU kernels (cpu/*.cpp) with the dispatcher.
 #include "cpu/capability.h"
+#include "layout.h"
 
 #include <pybind11/pybind11.h>
 
@@ -37,4 +38,9 @@ PYBIND11_MODULE(_C, m) {
       &fastllm::set_cpu_capability,
       py::arg("name"),
       "Use this instruction set from now on. ValueError for an unknown one and for more than the machine has.");
+  m.def(
+      "layout",
+      &fastllm::layout,
+      "(bytes, bytes) of lists of tensors: where and how all of them lie but for the addresses of the second list, and "
+      "these. RuntimeError for a tensor without an address, such as a sparse one.");
 }

@@ -8,7 +8,7 @@ from optim_suite import SHAPES, assert_equal, parameters, run, set_grads
 from torch.testing._internal import common_optimizers
 
 import fastllm
-from fastllm import models
+from fastllm import _ext, models
 from fastllm.optim import AdamW
 
 
@@ -588,3 +588,47 @@ def test_reference_backend_gives_the_same_bits():
     with fastllm.use_backend("reference"):
         run(AdamW(lists[1]), range(5))
     assert_equal(*lists)
+
+
+@pytest.mark.skipif(_ext.C is None, reason="fastllm was installed without kernels")
+class TestLayout:
+    """What tells the optimizer that its table of addresses is still true."""
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda x: x.clone(),
+            lambda x: x.t(),
+            lambda x: x[:2],
+            lambda x: x.view(2, 8),
+            lambda x: x.view(torch.int32),
+            lambda x: x.as_strided((4, 4), (4, 0)),
+            lambda x: x[1:].as_strided((4, 4), (4, 1)),
+        ],
+        ids=["moved", "transposed", "shorter", "reshaped", "dtype", "strides", "offset"],
+    )
+    def test_sees_every_change(self, change):
+        x, other = torch.randn(5, 4), torch.randn(3)
+        x = x[:4]
+        before = _ext.C.layout([other, x], [other])
+        assert _ext.C.layout([other, x], [other]) == before
+        assert _ext.C.layout([other, change(x)], [other])[0] != before[0]
+        grads = _ext.C.layout([other], [x])
+        assert _ext.C.layout([other], [change(x)]) != grads
+
+    def test_keeps_the_second_lists_addresses_apart(self):
+        x, grad, other = torch.randn(3), torch.randn(3), torch.randn(3)
+        layout, addresses = _ext.C.layout([x], [grad], [x])
+        again, moved = _ext.C.layout([x], [other], [x])
+        assert layout == again
+        assert addresses == grad.data_ptr().to_bytes(8, "little")
+        assert moved == other.data_ptr().to_bytes(8, "little")
+
+    def test_tells_lists_apart(self):
+        x = torch.randn(3)
+        assert _ext.C.layout([x], [x], [x], []) != _ext.C.layout([x], [x], [], [x])
+
+    @pytest.mark.parametrize("x", [torch.eye(2).to_sparse(), 3, None], ids=["sparse", "number", "None"])
+    def test_refuses_what_has_no_address(self, x):
+        with pytest.raises(RuntimeError):
+            _ext.C.layout([x])

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastllm import _ext
 from fastllm.backends import steered
 from fastllm.ops.adamw import SPARSE, TABLE_GRAD, grad_norm, has_tables, make_table, step_op, table_step
 from fastllm.optim import _state
@@ -38,16 +39,13 @@ def _plan(params: list[Tensor]) -> _Plan:
 SHARD_SHIFT = 20  # in the index that random numbers are drawn by, above the parameter's place
 
 
-@dataclass
-class _Table:
+class _Table(NamedTuple):
     """What a batch's tensors were when the kernels' table of them was made."""
 
     rows: Tensor  # empty where the kernels cannot read the tensors as they lie
-    tensors: list[Tensor]  # all but the gradients
-    addresses: list[int]
-    grad_addresses: list[int]
-    kinds: list[Any]  # dtypes and numbers of elements of the gradients, which are the parameters'
-    strides: list[Any] | None  # of parameters and gradients, if not all of them are contiguous
+    indices: list[int]
+    layout: bytes
+    grads: bytes  # their addresses
 
 
 @dataclass
@@ -429,36 +427,23 @@ class AdamW(torch.optim.AdamW):
     def _table(self, batch: _Batch, lists: Sequence[list[Tensor]]) -> Tensor | None:
         """The kernels' table of a batch, made when any of its tensors is another or has moved; None if it needs more
         than that. Only the gradients' addresses are expected to change: they are new at every step."""
-        device = batch.tensors[0].device
-        if batch.special or steered() or torch.compiler.is_compiling() or not has_tables(device):
+        device, compiled = batch.tensors[0].device, _ext.C
+        if batch.special or compiled is None or steered() or torch.compiler.is_compiling() or not has_tables(device):
             return None
-        params, grads, *others = lists
-        tensors = list(chain(params, *others))
         try:
-            contiguous = all(map(Tensor.is_contiguous, params)) and all(map(Tensor.is_contiguous, grads))
-            addresses, grad_addresses = (list(map(Tensor.data_ptr, some)) for some in (tensors, grads))
+            layout, grads = compiled.layout(*lists)
         except RuntimeError:
-            if any(grad.is_sparse for grad in grads):
+            if any(grad.is_sparse for grad in batch.grads):
                 raise RuntimeError(SPARSE) from None
             return None
-        kinds = [grad.dtype for grad in grads] + list(map(Tensor.numel, grads))
-        strides = None if contiguous else [x.stride() for x in chain(params, grads)]
-        table = self._tables.get(batch.indices[0])
-        if (
-            table is not None
-            and table.addresses == addresses
-            and len(table.tensors) == len(tensors)
-            and all(map(operator.is_, table.tensors, tensors))
-            and table.kinds == kinds
-            and table.strides == strides
-        ):
-            if len(table.rows) and table.grad_addresses != grad_addresses:
-                table.rows[:, TABLE_GRAD] = torch.tensor(grad_addresses)
-                table.grad_addresses = grad_addresses
-        else:
+        first = batch.indices[0]
+        table = self._tables.get(first)
+        if table is None or table.layout != layout or table.indices != batch.indices:
             rows = make_table(*lists, batch.indices, table is None)
-            table = _Table(rows, tensors, addresses, grad_addresses, kinds, strides)
-            self._tables[batch.indices[0]] = table
+            table = self._tables[first] = _Table(rows, batch.indices, layout, grads)
+        elif table.grads != grads and len(table.rows):
+            table.rows[:, TABLE_GRAD] = torch.frombuffer(bytearray(grads), dtype=torch.int64)
+            self._tables[first] = table._replace(grads=grads)
         return table.rows if len(table.rows) else None
 
     def _run(self, batch: _Batch, norm: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:

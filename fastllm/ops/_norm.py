@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastllm.backends import KERNEL_DTYPES, Backend, compiled
-from fastllm.ops import _triton
+from fastllm.ops import _sharding, _triton
 
 LONGEST_WITH_DROPOUT = 8192
 """Elements of a row, which kernels/_dropout_norm.py holds in registers."""
@@ -71,6 +71,8 @@ def validate(
     """
     if not isinstance(input, Tensor):
         raise TypeError(f"{name}: input must be a tensor, got {type(input).__name__}")
+    if type(input) is not Tensor:
+        _sharding.ready(input)
     if not isinstance(normalized_shape, (tuple, list)):
         raise TypeError(f"{name}: normalized_shape must be a tuple of ints, got {normalized_shape!r}")
     shape, ndim = tuple(normalized_shape), len(normalized_shape)

@@ -14,7 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from fastllm.backends import explain
-from fastllm.patching import _attention, _head, _mlps, _norms, _probe
+from fastllm.patching import (
+    _attention,
+    _calls,
+    _encoder,
+    _head,
+    _mlps,
+    _multihead,
+    _norms,
+    _own_loss,
+    _probe,
+    _residual,
+)
 from fastllm.patching._compare import Comparison, compare, difference
 from fastllm.patching._inputs import random_inputs
 from fastllm.patching._probe import Differs
@@ -23,7 +34,10 @@ from fastllm.testing import sample
 
 __all__ = ["Comparison", "Entry", "PatchError", "PatchReport", "compare", "patch", "patched"]
 
-KINDS = ("layer_norm", "rms_norm", "swiglu", "geglu", "gelu", "attention", "linear_cross_entropy")
+KINDS = (
+    *("layer_norm", "rms_norm", "dropout_add_layer_norm", "dropout_add_rms_norm"),
+    *("swiglu", "geglu", "gelu", "attention", "linear_cross_entropy"),
+)
 """What `only` and `exclude` may name."""
 
 
@@ -127,10 +141,12 @@ def _patch_modules(report: PatchReport, model: nn.Module, wanted: _Choice) -> No
     device, dtype = _device_and_dtype(model)
     known: dict[tuple, Any] = {}  # what modules of a signature were found to be, or why not
     backends: dict[str, str] = {}
-    kinds: tuple[ModuleType, ...] = (_norms, _mlps)
+    kinds: tuple[ModuleType, ...] = (_encoder, _residual, _norms, _mlps, _multihead, _calls)
+    whole: list[str] = []  # prefixes of paths below which nobody calls norms and activations any more
     for path, module in model.named_modules():
+        inside = path.startswith(tuple(whole))
         for kind in kinds:
-            if not kind.matches(module) or not any(wanted(path, op) for op in kind.OPS):
+            if not kind.matches(module) or not any(wanted(path, op) for op in kind.OPS) or (inside and kind is _norms):
                 continue
             key = (kind, *kind.signature(module))
             if key not in known:
@@ -148,10 +164,9 @@ def _patch_modules(report: PatchReport, model: nn.Module, wanted: _Choice) -> No
                 backends[op] = backends.get(op) or _backend(op, device, dtype)
                 report.set_forward(module, kind.replacement(module, found))
                 report.append(Entry(path, was, op, backends[op]))
-        if _mlps.may_be_gelu(module) and "forward" not in module.__dict__ and wanted(path, "gelu"):
-            inside = any(path.startswith(f"{entry.path}.") for entry in report.replaced)
-            if not inside:  # of a feed-forward that was replaced: nobody calls it
-                _patch_gelu(report, path, module, known, dtype, device)
+                whole += [f"{path}." if path else ""] if kind in (_residual, _mlps) else []
+        if not inside and _mlps.may_be_gelu(module) and "forward" not in module.__dict__ and wanted(path, "gelu"):
+            _patch_gelu(report, path, module, known, dtype, device)
 
 
 def _found(kind: ModuleType, module: nn.Module) -> Any:
@@ -257,10 +272,13 @@ def _patch_head(report: PatchReport, model: Any, wanted: _Choice) -> None:
         if "forward" in model.__dict__:
             raise Differs("the model's forward was replaced already")
         model.eval()
-        head = _head.find(model, module, random_inputs(model, device))
+        inputs = random_inputs(model, device)
+        head, install = _head.find(model, module, inputs), _head.install
+        if head is None:
+            head, install = _own_loss.find(model, module, inputs), _own_loss.install
     except Exception as error:
         said = str(error) if isinstance(error, Differs) else f"it cannot be run on random inputs: {_probe.told(error)}"
         report.append(Entry(path, was, reason=said))
         return
-    _head.install(report, model, head)
+    install(report, model, head)
     report.append(Entry(path, was, "linear_cross_entropy", _backend("linear_cross_entropy", device, dtype)))

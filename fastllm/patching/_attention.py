@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,17 +16,82 @@ NAME = "fastllm"
 """Of the attention implementation, as `set_attn_implementation` takes it."""
 
 
+UNPADDED_ON_CPU = 768
+"""Shorter rows are attended to with their padding there: taking it out costs as much as it saves."""
+
+
 def register() -> bool:
     """Makes NAME known to transformers: attention and mask together, for without its mask function a model would hand
     over no mask, and lose causality and padding. Returns whether transformers is there."""
     try:
         from transformers import AttentionInterface, AttentionMaskInterface
-        from transformers.masking_utils import sdpa_mask
     except ImportError:
         return False
     AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)  # boolean, or None where is_causal says it all
+    AttentionMaskInterface.register(NAME, mask)
     return True
+
+
+class Sequences(NamedTuple):
+    """Of what a boolean mask lets tokens see, if that is no more than their own sequence and, if causal, its past."""
+
+    rows: Tensor | None  # of the tokens among all B S, int64; None if there is no padding
+    cu_seq: Tensor  # (N + 1,) int32
+    longest: int
+    causal: bool
+    window: tuple[int, int]
+    version: int  # of the mask: whoever writes to it makes it another
+
+
+def mask(**kwargs: Any) -> Tensor | None:
+    """What transformers calls as a mask function: boolean, or None where is_causal says it all.
+
+    One that hides only padding says so in an attribute, which is lost by whatever is made of it."""
+    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+
+    made, tokens, function = sdpa_mask(**kwargs), kwargs.get("attention_mask"), kwargs.get("mask_function")
+    if made is None or tokens is None or tokens.dim() != 2 or torch.compiler.is_compiling():
+        return made
+    square = kwargs["q_length"] == kwargs["kv_length"] == tokens.shape[1]
+    if square and function in (causal_mask_function, bidirectional_mask_function):
+        lengths = tokens.bool().sum(1, dtype=torch.int32)
+        made.sequences = Sequences(  # type: ignore[attr-defined]
+            tokens.flatten().nonzero().squeeze(1),
+            F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)),
+            int(lengths.max()),
+            function is causal_mask_function,
+            (-1, -1),
+            made._version,
+        )
+    return made
+
+
+def _sequences(mask: Tensor | None, cu_seq: Tensor | None, window: int | None) -> Sequences | None:
+    """What is known of a mask. Of packed documents it is found out, once for each mask: it must be no other than that
+    of `cu_seq`."""
+    if mask is None or torch.compiler.is_compiling():
+        return None
+    if not hasattr(mask, "sequences"):
+        found = None
+        if cu_seq is not None and mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[:2] == (1, 1):
+            found = _documents(mask, cu_seq, window)
+        mask.sequences = found  # type: ignore[attr-defined]
+    known: Sequences | None = mask.sequences  # type: ignore[attr-defined]
+    return known if known is not None and known.version == mask._version else None
+
+
+def _documents(mask: Tensor, cu_seq: Tensor, window: int | None) -> Sequences | None:
+    place = torch.arange(mask.shape[2], device=mask.device)
+    if mask.shape[3] != len(place) or int(cu_seq[-1]) != len(place):
+        return None
+    document = torch.bucketize(place, cu_seq[1:], right=True)
+    same, back = document[:, None] == document, place[:, None] - place
+    found = Sequences(None, cu_seq.int(), int(cu_seq.diff().max()), True, (-1, -1), mask._version)
+    if torch.equal(mask[0, 0], same & (back >= 0)):
+        return found
+    if window is not None and torch.equal(mask[0, 0], same & (back >= 0) & (back < window)):
+        return found._replace(window=(window - 1, 0))
+    return found._replace(causal=False) if torch.equal(mask[0, 0], same) else None
 
 
 def attention(
@@ -50,6 +115,13 @@ def attention(
         return _with_weights(
             module, query, key, value, attention_mask, dropout, scaling, position_bias, softcap, s_aux, **kwargs
         )
+    scores: dict[str, Any] = {"scale": scaling, "softcap": softcap or 0.0, "sinks": s_aux}
+    sequences = None
+    if position_bias is None and not (dropout and query.device.type == "cpu"):  # only the reference has that, packed
+        sequences = _sequences(attention_mask, kwargs.get("cu_seq_lens_q"), kwargs.get("sliding_window"))
+    short = query.device.type == "cpu" and query.shape[2] < UNPADDED_ON_CPU
+    if sequences is not None and query.shape[2] == key.shape[2] and not (short and sequences.rows is not None):
+        return _packed(query, key, value, sequences, dropout_p=dropout, **scores), None
     rows = query.shape[2]
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
@@ -64,18 +136,46 @@ def attention(
         mask = mask[..., : key.shape[2]]
     if position_bias is not None:
         mask, causal = _biased(position_bias, mask, causal, query, key), False
-    grouped = query.shape[1] != key.shape[1]
-    if dropout and query.device.type == "cpu" and softcap is None and s_aux is None:
-        # Only the reference drops out on a CPU; torch's own attention is faster.
-        out = F.scaled_dot_product_attention(
-            query, key, value, mask, dropout, is_causal=causal, scale=scaling, enable_gqa=grouped
-        )
-    else:
-        out = ops.attention(  # type: ignore[assignment]
-            query, key, value, mask, dropout, is_causal=causal, scale=scaling, enable_gqa=grouped,
-            softcap=softcap or 0.0, sinks=s_aux,
-        )  # fmt: skip
+    out = dot_product(query, key, value, mask, dropout, causal, enable_gqa=query.shape[1] != key.shape[1], **scores)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _packed(query: Tensor, key: Tensor, value: Tensor, known: Sequences, **scores: Any) -> Tensor:
+    """(B, S, H, DV) of sequences without their padding, for whose rows it is 0."""
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    if known.rows is not None:
+        q, k, v = (x[known.rows] for x in (q, k, v))
+    out: Any = ops.attention_varlen(
+        q, k, v, known.cu_seq, known.cu_seq, known.longest, known.longest,
+        is_causal=known.causal, window_size=known.window, enable_gqa=q.shape[1] != k.shape[1], **scores,
+    )  # fmt: skip
+    batch, _, rows, _ = query.shape
+    if known.rows is not None:
+        out = out.new_zeros(batch * rows, *out.shape[1:]).index_copy(0, known.rows, out)
+    return out.unflatten(0, (batch, rows))
+
+
+def dot_product(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """ops.attention, but for dropout on a CPU: only the reference has that, and torch's own attention is faster."""
+    if dropout_p and query.device.type == "cpu" and not softcap and sinks is None:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    return ops.attention(  # type: ignore[return-value]
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, softcap=softcap, sinks=sinks
+    )
 
 
 def _biased(bias: Tensor, mask: Tensor | None, causal: bool, query: Tensor, key: Tensor) -> Tensor:

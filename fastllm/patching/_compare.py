@@ -33,9 +33,11 @@ class Comparison:
 
     @property
     def worst(self) -> float:
-        """The largest of all differences, each relative to the largest value of its tensor."""
-        found = [self.loss, self.logits, *self.gradients.values(), *self.layers.values()]
-        pairs = [pair for pair in found if pair is not None]
+        """The largest of all differences, each relative to the largest value of its tensor; of gradients, to at least a
+        thousandth of the largest of all: some, as that of a key's bias, are nothing but roundings."""
+        least = 1e-3 * max((largest for _, largest in self.gradients.values()), default=0.0)
+        pairs = [pair for pair in (self.loss, self.logits, *self.layers.values()) if pair is not None]
+        pairs += [(difference, max(largest, least)) for difference, largest in self.gradients.values()]
         return max((difference / (largest or 1.0) for difference, largest in pairs), default=0.0)
 
 
@@ -67,7 +69,7 @@ class _Run:
     def _take(self, path: str):
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             first = output[0] if isinstance(output, tuple) and output else output
-            if isinstance(first, Tensor):
+            if isinstance(first, Tensor) and not first.is_meta:  # logits that were only promised
                 self.layers[path] = first.detach()
 
         return hook

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastllm import backends, ops
+from fastllm.patching._inputs import decoded_length
 from fastllm.patching._probe import Differs, judge, told
 
 HUGE = 6e4  # a logit that saturates every softcap, and that float16 has
@@ -111,18 +112,19 @@ def install(report: Any, model: Any, head: Head) -> None:
     module = model.get_output_embeddings()
     report.set_forward(module, functools.partial(head_forward, module, head))
     report.on_revert(_set_loss(model, functools.partial(loss_function, model, head, model.loss_function)))
-    forward = functools.partial(model_forward, model, head)
+    report.set_forward(model, keep_signature(model, functools.partial(model_forward, model, head)))
+
+
+def keep_signature(model: Any, forward: Any) -> Callable:
+    """Trainers and `generate` look at what a model's forward takes. Without annotations, which may not be pickled."""
     parameters = inspect.signature(functools.partial(type(model).forward, model)).parameters.values()
-    # Trainers and `generate` look at what the forward takes. Without annotations, which may not be pickled.
-    forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [p.replace(annotation=inspect.Parameter.empty) for p in parameters]
-    )
-    report.set_forward(model, forward)
+    forward.__signature__ = inspect.Signature([p.replace(annotation=inspect.Parameter.empty) for p in parameters])
+    return forward
 
 
-def find(model: Any, module: Any, inputs: dict[str, Tensor]) -> Head:
+def find(model: Any, module: Any, inputs: dict[str, Tensor]) -> Head | None:
     """What lies between the head's logits and the loss: a scale and a softcap, read off what the loss is given when the
-    head gives numbers that are known.
+    head gives numbers that are known. None if the loss is not computed by the model's loss_function.
 
     Raises:
         Differs: if the model has no such head and loss, or computes something else.
@@ -132,17 +134,19 @@ def find(model: Any, module: Any, inputs: dict[str, Tensor]) -> Head:
         raise Differs("it has no linear output embeddings")
     if "forward" in module.__dict__:
         raise Differs("the forward of its head was replaced already")
-    if not weight.dtype.is_floating_point or getattr(model, "loss_function", None) is None:
-        raise Differs("it has no loss_function")
+    if not weight.dtype.is_floating_point:
+        raise Differs(f"its weight is {weight.dtype}")
+    if getattr(model, "loss_function", None) is None:
+        return None
     classes = weight.shape[0]
     generator = torch.Generator().manual_seed(0)
-    known = torch.randn(1, _length(inputs), classes, generator=generator) * 20
+    known = torch.randn(1, decoded_length(inputs), classes, generator=generator) * 20
     known[0, 0] = 1e-3 * known[0, 0].sign()
     known[0, 1] = HUGE
     known = known.to(weight.device, weight.dtype)
     seen = _logits_of_the_loss(model, module, inputs, known)
     if seen is None:
-        raise Differs("its loss is not computed by its loss_function")
+        return None
     if seen.numel() != known.numel():
         raise Differs(f"its loss is given logits of shape {tuple(seen.shape)}")
     seen, eps = seen.detach().double().view(known.shape), torch.finfo(weight.dtype).eps
@@ -172,10 +176,6 @@ def _plain(number: float, eps: float) -> float:
     """As it was written, of which float32 leaves six digits and the mean of 16 bits three or four."""
     short = float(f"{number:.3g}")
     return short if abs(number / (short or 1.0) - 1) < eps / 4 else float(f"{number:.6g}")
-
-
-def _length(inputs: dict[str, Tensor]) -> int:
-    return next(x for name, x in inputs.items() if "decoder" in name or name == "input_ids").shape[1]
 
 
 def _logits_of_the_loss(model: Any, module: nn.Module, inputs: dict[str, Tensor], known: Tensor) -> Tensor | None:

@@ -34,3 +34,8 @@ def random_inputs(model: Any, device: torch.device) -> dict[str, Tensor]:
     if getattr(model.config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = tokens()
     return inputs
+
+
+def decoded_length(inputs: dict[str, Tensor]) -> int:
+    """For how many positions the model gives logits."""
+    return next(x for name, x in inputs.items() if "decoder" in name or name == "input_ids").shape[1]

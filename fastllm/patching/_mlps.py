@@ -33,18 +33,15 @@ def gated(activation: str, gate: Tensor, up: Tensor | None) -> Tensor:
 
 
 def forward(module: nn.Module, kind: Gated, x: Tensor) -> Tensor:
+    if any(_probe.hooked(child) for name, child in module.named_children() if name not in kind):
+        return type(module).forward(module, x)  # whoever looks at the activation wants it called
     up = None if kind.up is None else getattr(module, kind.up)(x)
     return getattr(module, kind.down)(gated(kind.activation, getattr(module, kind.gate)(x), up))
 
 
-def _sizes(module: nn.Module) -> tuple[int, int] | None:
-    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    return sizes if isinstance(sizes[0], int) and isinstance(sizes[1], int) else None  # type: ignore[return-value]
-
-
 def _layouts(module: nn.Module) -> list[tuple[str, str | None, str]]:
     """(gate, up, down) in every way that the sizes of the projections allow."""
-    sizes = {name: size for name, child in module.named_children() if (size := _sizes(child))}
+    sizes = {name: size for name, child in module.named_children() if (size := _probe.sizes(child))}
     found: list[tuple[str, str | None, str]] = []
     for down, (inner, outer) in sizes.items():
         into = [name for name, size in sizes.items() if name != down and size == (outer, inner)]
@@ -96,7 +93,7 @@ def find(module: nn.Module, only: Gated | None = None) -> Gated:
     if parameter is None or not parameter.dtype.is_floating_point:
         raise Differs("its projections have no floating parameters")
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(3, _sizes(gate)[0], generator=generator)  # type: ignore[index]
+    x = torch.randn(3, _probe.sizes(gate)[0], generator=generator)  # type: ignore[index]
     x = x.to(parameter.device, parameter.dtype)
     with torch.no_grad():  # where activations differ: between -3 and 3
         x /= gate(x).float().abs().max().clamp(min=1e-3).to(x.dtype) / 3

@@ -7,6 +7,8 @@ the replacement no worse than twice that error and a floor of roundings, for the
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -20,7 +22,14 @@ SAME = 32
 
 
 class Differs(Exception):
-    """The replacement is not what the module computes, or that cannot be found out; the message says why."""
+    """The replacement is not what the module computes, or that cannot be found out; the message says why.
+
+    Attributes:
+        by: the difference, relative to the largest value."""
+
+    def __init__(self, reason: str, by: float = math.inf):
+        super().__init__(reason)
+        self.by = by
 
 
 def told(error: Exception) -> str:
@@ -31,6 +40,19 @@ def told(error: Exception) -> str:
 def parameters_of(module: nn.Module) -> tuple:
     """What modules of one signature have in common of their parameters: all but the values."""
     return tuple((n, tuple(p.shape), p.dtype, p.device, p.requires_grad) for n, p in module.named_parameters())
+
+
+def sizes(module: nn.Module) -> tuple[int, int] | None:
+    """(in_features, out_features) of a projection."""
+    found = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    return found if isinstance(found[0], int) and isinstance(found[1], int) else None  # type: ignore[return-value]
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether somebody wants to know when this module runs."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 @contextlib.contextmanager
@@ -44,6 +66,22 @@ def quiet(module: nn.Module) -> Iterator[None]:
         finally:
             for m, mode in modes:
                 m.training = mode
+
+
+@contextlib.contextmanager
+def dropping(module: nn.Module, p: float) -> Iterator[None]:
+    """Every dropout in it has this probability: at 0 and 1 nothing is random."""
+    before: list[tuple[nn.Module, str, float]] = []
+    for m in module.modules():
+        name = {nn.Dropout: "p", nn.MultiheadAttention: "dropout"}.get(type(m))
+        if name is not None:
+            before.append((m, name, getattr(m, name)))
+            setattr(m, name, p)
+    try:
+        yield
+    finally:
+        for m, name, value in before:
+            setattr(m, name, value)
 
 
 def _run(fn: Callable, x: Tensor, parameters: Sequence[Tensor], cotangent: Tensor | None) -> list[Tensor]:
@@ -61,12 +99,15 @@ def _run(fn: Callable, x: Tensor, parameters: Sequence[Tensor], cotangent: Tenso
     return [out.detach(), *grads, cotangent]  # type: ignore[list-item]
 
 
-def check(module: nn.Module, replacement: Callable, truth: Callable, x: Tensor) -> None:
+def check(
+    module: nn.Module, replacement: Callable, truth: Callable, x: Tensor, original: Callable | None = None
+) -> None:
     """Compares forward and backward in training and in evaluation mode.
 
     Args:
         replacement: takes x; computes with the module's own parameters.
         truth: takes x and copies of the parameters, all in float64.
+        original: takes x; what is replaced. Default: the module's forward.
 
     Raises:
         Differs: with the largest difference.
@@ -74,10 +115,10 @@ def check(module: nn.Module, replacement: Callable, truth: Callable, x: Tensor) 
     parameters = [p for p in module.parameters() if p.requires_grad]
     doubles = [p.detach().double().requires_grad_() for p in module.parameters()]
     wide = [d for d, p in zip(doubles, module.parameters(), strict=True) if p.requires_grad]
-    original = type(module).forward
+    stock_forward = original or functools.partial(type(module).forward, module)
     for mode in (True, False):
         module.train(mode)
-        *theirs, cotangent = _run(lambda x: original(module, x), x, parameters, None)
+        *theirs, cotangent = _run(stock_forward, x, parameters, None)
         *ours, _ = _run(replacement, x, parameters, cotangent)
         with backends.use_backend("reference"):
             *exact, _ = _run(lambda x: truth(x, *doubles), x.double(), wide, cotangent)
@@ -98,23 +139,28 @@ def judge(what: str, mine: Tensor, stock: Tensor, true: Tensor, rounding: float,
     """
     missed, stocks = (float((x.double() - true).abs().max()) for x in (mine, stock))
     if not stocks <= SAME * rounding:
-        raise Differs(f"{what} differs by {stocks:.1e} where the largest is {float(true.abs().max()):.1e}")
+        largest = float(true.abs().max())
+        raise Differs(f"{what} differs by {stocks:.1e} where the largest is {largest:.1e}", stocks / (largest or 1.0))
     if not missed <= 2 * stocks + rounding_floor(true, stock.dtype, cancelling=cancelling):
-        raise Differs(f"{what}: error {missed:.1e}, the module's own {stocks:.1e}")
+        raise Differs(f"{what}: error {missed:.1e}, the module's own {stocks:.1e}", 0.0)
 
 
 def first_match(candidates: Sequence[tuple], attempt: Callable) -> tuple:
     """The first candidate that `attempt` does not refuse.
 
     Raises:
-        Differs: with the last refusal, if all are refused.
+        Differs: if all are refused, with the refusal that was nearest to none.
     """
-    reason = Differs("nothing that fastllm computes fits its structure")
+    reasons = []
     for candidate in candidates:
         try:
             attempt(*candidate)
         except Differs as differs:
-            reason = differs
+            reasons.append(differs)
+        except Exception as error:  # a module may be run in its model only, or with other shapes
+            reasons.append(Differs(f"it cannot be run by itself: {told(error)}"))
         else:
             return candidate
-    raise reason
+    raise min(
+        reasons, key=lambda differs: differs.by, default=Differs("nothing that fastllm computes has its structure")
+    )

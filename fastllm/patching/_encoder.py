@@ -1,0 +1,80 @@
+"""torch's own TransformerEncoderLayer: its dropouts, sums and norms in one pass each."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from fastllm import ops
+from fastllm.patching import _probe
+
+OPS = ("dropout_add_layer_norm",)
+
+
+def matches(module: nn.Module) -> bool:
+    return type(module) is nn.TransformerEncoderLayer
+
+
+def signature(module: nn.Module) -> tuple:
+    return type(module), _probe.parameters_of(module), str(module), module.norm_first, str(module.activation)
+
+
+def forward(
+    module: nn.TransformerEncoderLayer,
+    src: Tensor,
+    src_mask: Tensor | None = None,
+    src_key_padding_mask: Tensor | None = None,
+    is_causal: bool = False,
+) -> Tensor:
+    """torch's, but for calls without gradients in evaluation, for which torch has a fused layer of its own."""
+    own = [module.norm2, module.dropout1] if module.norm_first else [module.norm1, module.norm2, module.dropout1]
+    own += [] if module.norm_first else [module.dropout2]
+    if (not module.training and not torch.is_grad_enabled()) or any(map(_probe.hooked, own)):
+        return type(module).forward(module, src, src_mask, src_key_padding_mask, is_causal)
+
+    def attend(x: Tensor) -> Tensor:
+        masks = {"attn_mask": src_mask, "key_padding_mask": src_key_padding_mask, "is_causal": is_causal}
+        return module.self_attn(x, x, x, need_weights=False, **masks)[0]
+
+    def feed_forward(x: Tensor) -> Tensor:
+        return module.linear2(module.dropout(module.activation(module.linear1(x))))
+
+    def normed_sum(branch: Tensor, residual: Tensor, dropout: nn.Dropout, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+        return ops.dropout_add_layer_norm(
+            branch, residual, norm.normalized_shape, norm.weight, norm.bias, norm.eps,
+            p=dropout.p, training=dropout.training,
+        )  # fmt: skip
+
+    if module.norm_first:
+        normed, src = normed_sum(attend(module.norm1(src)), src, module.dropout1, module.norm2)
+        return src + module.dropout2(feed_forward(normed))
+    src, _ = normed_sum(attend(src), src, module.dropout1, module.norm1)
+    src, _ = normed_sum(feed_forward(src), src, module.dropout2, module.norm2)
+    return src
+
+
+def find(module: nn.TransformerEncoderLayer, only: bool | None = None) -> bool:
+    """Raises Differs unless the replacement computes what the layer does; nothing is dropped meanwhile, for the masks
+    would be others."""
+    weight = module.linear1.weight
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 5, weight.shape[1], generator=generator).to(weight.device, weight.dtype)
+    names = [name for name, _ in module.named_parameters()]
+
+    def truth(x: Tensor, *parameters: Tensor) -> Tensor:
+        return torch.func.functional_call(module, dict(zip(names, parameters, strict=True)), x)
+
+    with _probe.dropping(module, 0.0):
+        _probe.check(module, functools.partial(forward, module), truth, x)
+    return True
+
+
+def replacement(module: nn.TransformerEncoderLayer, found: bool) -> Callable:
+    return functools.partial(forward, module)
+
+
+def op(found: bool) -> str:
+    return OPS[0]

@@ -407,6 +407,22 @@ def test_compare(model):
     assert not any("forward" in m.__dict__ for m in model.modules())
 
 
+def test_compare_refuses_what_it_cannot_compare(model):
+    ids = torch.randint(10, 50, (1, 5))
+    with pytest.raises(TypeError, match=r"model must be a .*, got function"):
+        compare(F.relu, {})
+    with pytest.raises(TypeError, match=r"batch must be a mapping .*, got Tensor"):
+        compare(model, ids)
+    with patched(model), pytest.raises(ValueError, match="patched already"):
+        compare(model, {"input_ids": ids})
+
+
+def test_the_report_names_a_single_module_and_counts_equal_ones():
+    model = nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16), nn.Sequential(RMS(), RMS()))
+    lines = [line.split() for line in str(patch(model)).splitlines()]
+    assert [line[:3] for line in lines[1:]] == [["1", "1", "LayerNorm"], ["2", "2.*", "RMS"]] or lines[2][1] == "*.*"
+
+
 @pytest.mark.parametrize("order", ["patch first", "LoRA first"])
 def test_lora(order):
     peft = pytest.importorskip("peft")

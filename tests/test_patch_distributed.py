@@ -13,8 +13,13 @@ pytest.importorskip("transformers")
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
-@pytest.mark.parametrize("kind", ["ddp", "fsdp-after", "fsdp-before"])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        *((kind, name) for kind in ("ddp", "fsdp-after", "fsdp-before") for name in ("gpt2", "llama", "bert")),
+        ("tensor-parallel", "norms"),
+    ],
+)
 def test_two_processes(kind, name, tmp_path):
     script = Path(__file__).parent / "distributed_patch.py"
     ranks = [

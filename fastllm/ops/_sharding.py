@@ -10,10 +10,15 @@ import torch
 from torch import Tensor
 
 
+def dtensor() -> type | tuple[()]:
+    """DTensor, if the process has any: whoever makes one has imported it."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module.DTensor if module is not None else ()
+
+
 def ready(x: Tensor) -> None:
     """Makes the norms known to DTensor, if x is one. A dimension that is cut is gathered by DTensor itself."""
-    module = sys.modules.get("torch.distributed.tensor")
-    if module is not None and isinstance(x, module.DTensor):
+    if isinstance(x, dtensor()):
         _register()
 
 

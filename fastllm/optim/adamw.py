@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, repeat
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from fastllm import _ext
 from fastllm.backends import steered
+from fastllm.ops._sharding import dtensor
 from fastllm.ops.adamw import SPARSE, TABLE_GRAD, grad_norm, has_tables, make_table, step_op, table_step
 from fastllm.optim import _state
 from fastllm.optim._overlap import check_overlap
@@ -29,11 +29,11 @@ class _Plan(NamedTuple):
 
 def _plan(params: list[Tensor]) -> _Plan:
     # One call a device and dtype, so that what has no kernel (float64, say) slows only itself.
-    dtensor = _dtensor()
+    kind = dtensor()
     parts: dict[Any, list[int]] = {}
     for i, param in enumerate(params):
         parts.setdefault((param.device, param.dtype), []).append(i)
-    return _Plan(params, any(p.is_complex() or isinstance(p, dtensor) for p in params), list(parts.values()))
+    return _Plan(params, any(p.is_complex() or isinstance(p, kind) for p in params), list(parts.values()))
 
 
 SHARD_SHIFT = 20  # in the index that random numbers are drawn by, above the parameter's place
@@ -84,31 +84,25 @@ class _Batch:
         ]
 
 
-def _dtensor() -> type | tuple[()]:
-    """DTensor, if the process has any: whoever makes one has imported it."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module.DTensor if module is not None else ()
-
-
 def _plain(x: Tensor) -> Tensor:
     """A DTensor's shard; of complex numbers, the pairs of real ones."""
-    if isinstance(x, _dtensor()):
+    if isinstance(x, dtensor()):
         x = x.to_local()  # type: ignore[attr-defined]
     return torch.view_as_real(x) if x.is_complex() else x
 
 
 def _place_grad(param: Tensor) -> Tensor:
     """The gradient; that of a DTensor is moved to where the parameter is placed, and stays there."""
-    dtensor, grad = _dtensor(), param.grad
+    kind, grad = dtensor(), param.grad
     assert grad is not None
-    if isinstance(grad, dtensor) and isinstance(param, dtensor) and grad.placements != param.placements:  # type: ignore[attr-defined]
+    if isinstance(grad, kind) and isinstance(param, kind) and grad.placements != param.placements:  # type: ignore[attr-defined]
         grad = param.grad = grad.redistribute(param.device_mesh, param.placements)  # type: ignore[attr-defined]
     return grad
 
 
 def _shard_number(param: Tensor) -> int:
     """Which of a DTensor's different shards is this rank's; 0 for others."""
-    if not isinstance(param, _dtensor()):
+    if not isinstance(param, dtensor()):
         return 0
     number = 0
     mesh = param.device_mesh  # type: ignore[attr-defined]
@@ -127,8 +121,8 @@ def _total_norm(batches: list[_Batch], grad_scale: Tensor | None) -> Tensor:
 
 
 def _norms(batch: _Batch) -> list[Tensor]:
-    dtensor = _dtensor()
-    if not any(isinstance(param, dtensor) for param in batch.params):
+    kind = dtensor()
+    if not any(isinstance(param, kind) for param in batch.params):
         return [grad_norm(batch.grads)]
     from torch.distributed.tensor import Partial, Replicate
 
@@ -136,7 +130,7 @@ def _norms(batch: _Batch) -> list[Tensor]:
     alike: dict[Any, list[Tensor]] = {}
     for param, grad in zip(batch.params, batch.grads, strict=True):
         key = None
-        if isinstance(param, dtensor):
+        if isinstance(param, kind):
             cut = tuple(not placement.is_replicate() for placement in param.placements)  # type: ignore[attr-defined]
             key = (param.device_mesh, cut)  # type: ignore[attr-defined]
         alike.setdefault(key, []).append(grad)
@@ -146,7 +140,7 @@ def _norms(batch: _Batch) -> list[Tensor]:
         if key is not None:
             mesh, cut = key
             placements = [Partial("sum") if sharded else Replicate() for sharded in cut]
-            squares = dtensor.from_local(norm.double().square(), mesh, placements, run_check=False)  # type: ignore[union-attr]
+            squares = kind.from_local(norm.double().square(), mesh, placements, run_check=False)  # type: ignore[union-attr]
             norm = squares.full_tensor().sqrt().to(norm.dtype)
         norms.append(norm)
     return norms
@@ -307,7 +301,7 @@ class AdamW(torch.optim.AdamW):
                 raise ValueError(
                     "AdamW: master_weights='remainder' is for bfloat16 parameters, got torch.float16: use 'float32'"
                 )
-            if self.moment_dtype == torch.uint8 and (isinstance(param, _dtensor()) or param.is_complex()):
+            if self.moment_dtype == torch.uint8 and (isinstance(param, dtensor()) or param.is_complex()):
                 what = "complex numbers" if param.is_complex() else "a DTensor: its blocks are local"
                 raise ValueError(f"AdamW: moment_dtype=torch.uint8 cannot be kept for {what}")
         if group["amsgrad"] and self.moment_dtype == torch.uint8:

@@ -172,6 +172,7 @@ def _patch_modules(report: PatchReport, model: nn.Module, wanted: _Choice) -> No
 def _found(kind: ModuleType, module: nn.Module) -> Any:
     try:
         short = any(p.dtype in (torch.bfloat16, torch.float16) for p in module.parameters())
+        module = _probe.whole(module)
         # What it is shows in float32 only: to 16 bits, one activation looks much like another.
         known = kind.find(copy.deepcopy(module).float()) if short else None
         return kind.find(module, known)
@@ -242,13 +243,17 @@ def _switched(model: Any, device: torch.device, dtype: torch.dtype, verify: bool
 def _outputs(model: Any, inputs: Any) -> list[Tensor]:
     """Logits or hidden states, and the gradient of a parameter behind the whole model."""
     model.eval()
-    with torch.enable_grad():
+    with torch.enable_grad(), _probe.grads_kept(model):
         output = model(**inputs)
         out = output["logits"] if "logits" in output else next(v for v in output.values() if isinstance(v, Tensor))
         cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out.device, out.dtype)
-        leaf = next((p for p in model.parameters() if p.requires_grad), None)
-        grads = [] if leaf is None else torch.autograd.grad(out, leaf, cotangent, allow_unused=True)
-    return [out.detach(), *(grad for grad in grads if grad is not None)]
+        if _probe.sharded(model):  # which wants its iteration ended
+            out.backward(cotangent)
+            grads = [p.grad for p in model.parameters()]
+        else:
+            leaf = next((p for p in model.parameters() if p.requires_grad), None)
+            grads = [] if leaf is None else list(torch.autograd.grad(out, leaf, cotangent, allow_unused=True))
+    return [out.detach(), *(grad for grad in grads if grad is not None)][:2]
 
 
 def _difference(before: Any, after: list[Tensor], dtype: torch.dtype) -> str | None:

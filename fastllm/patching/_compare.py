@@ -86,8 +86,19 @@ def compare(model: nn.Module, batch: Mapping[str, Any], *, seed: int = 0, **patc
 
     Returns:
         A `Comparison`; `print` shows it layer by layer.
+
+    Raises:
+        TypeError: for a model that is no module, or a batch that is no mapping. ValueError: for a patched model.
     """
     from fastllm.patching import patched
+
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"compare: model must be a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"compare: batch must be a mapping of the model's arguments, got {type(batch).__name__}")
+    for path, module in model.named_modules():
+        if getattr(getattr(module.__dict__.get("forward"), "func", None), "__module__", "").startswith(__package__):
+            raise ValueError(f"compare: {path or 'the model'} is patched already; revert() that report first")
 
     # Blocks of layers and what they consist of: the leaves run other code.
     paths = {path for path, m in model.named_modules() if path and any(True for _ in m.children())}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastllm import backends, ops
+from fastllm.backends import FallbackWarning
 from fastllm.patching._inputs import decoded_length
-from fastllm.patching._probe import Differs, judge, told
+from fastllm.patching._probe import Differs, judge, sharded, told
 
 HUGE = 6e4  # a logit that saturates every softcap, and that float16 has
 
@@ -29,8 +31,17 @@ class Head:
         self.hidden: Tensor | None = None
 
 
+def can_defer(module: nn.Module, head: Head) -> bool:
+    """Whether this call is one in which the head's product is left to the loss."""
+    if head.deferred and sharded(module):  # its weight is not whole when the loss is computed
+        message = f"fastllm.patch: {type(module).__name__} is sharded by itself: its logits are made, its loss not fused"
+        warnings.warn(message, FallbackWarning, stacklevel=2)
+        return False
+    return head.deferred
+
+
 def head_forward(module: nn.Module, head: Head, hidden: Tensor) -> Tensor:
-    if not head.deferred:
+    if not can_defer(module, head):
         return type(module).forward(module, hidden)
     head.hidden = hidden
     # What follows until the loss (a scale, a softcap) is in `Head`; whatever it makes of this is not looked at.
@@ -134,6 +145,8 @@ def find(model: Any, module: Any, inputs: dict[str, Tensor]) -> Head | None:
         raise Differs("it has no linear output embeddings")
     if "forward" in module.__dict__:
         raise Differs("the forward of its head was replaced already")
+    if sharded(model):
+        raise Differs("the model is sharded already, and its head cannot be tried: patch it before fully_shard")
     if not weight.dtype.is_floating_point:
         raise Differs(f"its weight is {weight.dtype}")
     if getattr(model, "loss_function", None) is None:
@@ -191,7 +204,7 @@ def _logits_of_the_loss(model: Any, module: nn.Module, inputs: dict[str, Tensor]
     labels = torch.zeros(1, known.shape[1], dtype=torch.int64, device=known.device)
     try:
         with torch.no_grad():
-            type(model).forward(model, **inputs, labels=labels)
+            model(**inputs, labels=labels)
     except Exception as error:
         raise Differs(f"it cannot be run on random inputs: {told(error)}") from error
     finally:

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastllm import ops
 from fastllm.patching._compare import difference
-from fastllm.patching._head import Head, keep_signature
+from fastllm.patching._head import Head, can_defer, keep_signature
 from fastllm.patching._inputs import decoded_length
 from fastllm.patching._probe import Differs, told
 
@@ -80,7 +80,7 @@ class Logits(Tensor):
 
 
 def head_forward(module: Any, head: Head, hidden: Tensor) -> Tensor:
-    if not head.deferred:
+    if not can_defer(module, head):
         return type(module).forward(module, hidden)
     classes = module.weight.shape[0]
     shape = torch.empty((*hidden.shape[:-1], classes), dtype=hidden.dtype, device="meta")
@@ -94,10 +94,10 @@ def model_forward(model: Any, head: Head, *args: Any, output_logits: bool = Fals
     plain = not model.training or output_logits or kwargs.get("labels") is None or torch.compiler.is_compiling()
     if plain or kwargs.get("return_dict") is False or not getattr(model.config, "return_dict", True):
         return type(model).forward(model, *args, **kwargs)
-    return _deferred(model, head, args, kwargs)
+    return _deferred(model, head, *args, **kwargs)
 
 
-def _deferred(model: Any, head: Head, args: tuple, kwargs: dict[str, Any]) -> Any:
+def _deferred(model: Any, head: Head, *args: Any, **kwargs: Any) -> Any:
     head.deferred = True
     try:
         output = type(model).forward(model, *args, **kwargs)
@@ -143,7 +143,7 @@ def find(model: Any, module: Any, inputs: dict[str, Tensor]) -> Head:
     module.__dict__["forward"] = lambda hidden: known
     try:
         with torch.no_grad(), watch:
-            type(model).forward(model, **inputs, labels=labels)
+            model(**inputs, labels=labels)
     except Exception as error:
         raise Differs(f"it cannot be run on random inputs: {told(error)}") from error
     finally:
@@ -157,13 +157,14 @@ def find(model: Any, module: Any, inputs: dict[str, Tensor]) -> Head:
         raise Differs("its loss is not that of its head's own logits")
     head = Head(shift=shift)
     module.__dict__["forward"] = functools.partial(head_forward, module, head)
+    model.__dict__["forward"] = functools.partial(_deferred, model, head)
     try:
-        mine = _loss_and_gradient(lambda: _deferred(model, head, (), {**inputs, "labels": labels}), model)
+        mine = _loss_and_gradient(lambda: model(**inputs, labels=labels), model)
     except Exception as error:
         raise Differs(f"its loss cannot be run: {told(error)}") from error
     finally:
-        del module.__dict__["forward"]
-    theirs = _loss_and_gradient(lambda: type(model).forward(model, **inputs, labels=labels), model)
+        del module.__dict__["forward"], model.__dict__["forward"]
+    theirs = _loss_and_gradient(lambda: model(**inputs, labels=labels), model)
     eps = torch.finfo(weight.dtype).eps ** (1.0 if weight.dtype == torch.float32 else 1.5)
     for what, a, b in zip(("loss", "gradient"), theirs, mine, strict=True):
         worst, largest = difference(a, b)

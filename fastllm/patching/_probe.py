@@ -7,6 +7,7 @@ the replacement no worse than twice that error and a floor of roundings, for the
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastllm import backends
+from fastllm.ops._sharding import dtensor
 from fastllm.testing import rounding_floor
 
 SAME = 32
@@ -46,6 +48,39 @@ def sizes(module: nn.Module) -> tuple[int, int] | None:
     """(in_features, out_features) of a projection."""
     found = getattr(module, "in_features", None), getattr(module, "out_features", None)
     return found if isinstance(found[0], int) and isinstance(found[1], int) else None  # type: ignore[return-value]
+
+
+def sharded(module: nn.Module) -> bool:
+    """Whether fully_shard was applied to this module itself."""
+    return hasattr(module, "unshard")
+
+
+@contextlib.contextmanager
+def grads_kept(module: nn.Module) -> Iterator[None]:
+    """Whatever backward() gives the parameters inside is taken off again, and what they had is back at the end."""
+    before = [(p, p.grad) for p in module.parameters()]
+    for p, _ in before:
+        p.grad = None
+    try:
+        yield
+    finally:
+        for p in module.parameters():
+            p.grad = None
+        for p, grad in before:
+            p.grad = grad
+
+
+def whole(module: nn.Module) -> nn.Module:
+    """The module, or if it has DTensors a copy with all of each, which every rank makes."""
+    if not any(isinstance(p, dtensor()) for p in module.parameters()):
+        return module
+    module = copy.deepcopy(module)
+    for m in module.modules():
+        for name, p in list(m.named_parameters(recurse=False)):
+            if isinstance(p, dtensor()):
+                full = p.full_tensor().detach()  # type: ignore[attr-defined]
+                m.register_parameter(name, nn.Parameter(full, p.requires_grad))
+    return module
 
 
 def hooked(module: nn.Module) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -88,12 +87,14 @@ class PatchReport(list):
     def __str__(self) -> str:
         if not self:
             return f"{type(self.model).__name__}: nothing in it that fastllm knows to replace"
-        rows: Counter[tuple[str, ...]] = Counter()
+        rows: dict[tuple[str, ...], list[str]] = {}
         for entry in self:
-            path = ".".join("*" if part.isdigit() else part for part in entry.path.split(".")) or "(model)"
+            path = ".".join("*" if part.isdigit() else part for part in entry.path.split("."))
             now = f"{entry.now} ({entry.backend})" if entry.now else f"left: {entry.reason}"
-            rows[path, entry.was, now] += 1
-        table = [("modules", "path", "was", "now"), *((str(count), *row) for row, count in rows.items())]
+            rows.setdefault((path, entry.was, now), []).append(entry.path or "(model)")
+        table = [("modules", "path", "was", "now")]
+        for (path, was, now), paths in rows.items():
+            table.append((str(len(paths)), paths[0] if len(paths) == 1 else path, was, now))
         widths = [max(len(row[i]) for row in table) for i in range(3)]
         return "\n".join(
             "  ".join([row[0].rjust(widths[0]), row[1].ljust(widths[1]), row[2].ljust(widths[2]), row[3]]).rstrip()

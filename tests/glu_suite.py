@@ -139,7 +139,7 @@ class GluSuite:
         for args, error, message in (
             (([1.0], x), TypeError, "gate must be a tensor, got list"),
             ((x, 1.0), TypeError, "up must be a tensor, got float"),
-            ((x.int(), x), TypeError, "gate must have a floating dtype, got torch.int32"),
+            ((x.int(), x), TypeError, "gate must be float32, bfloat16, float16 or float64, got torch.int32"),
             ((x, x[:2]), ValueError, r"up must have gate's shape \(3, 8\), got \(2, 8\)"),
             ((x, x.to("meta")), ValueError, "gate is on cpu, up on meta"),
             ((x[:, :7],), ValueError, "gate's last size must be even"),

@@ -618,9 +618,19 @@ def bad(match: str, error: type[Exception] = ValueError, **changes):
         bad("moments of 8 bits need exp_avg_scales", m=lambda s: [x.to(torch.uint8) for x in s.moments[0]]),
         bad(r"state_steps\[0\] must be one float32, got torch.float64", steps=lambda s: [x.double() for x in s.steps]),
         bad(
-            r"params\[0\] must be floating point, got torch.int32",
+            r"params\[0\] must be float32, bfloat16, float16 or float64, got torch.int32",
             TypeError,
             params=lambda s: [x.int() for x in s.params],
+        ),
+        bad(
+            r"params\[0\] must be .* got torch.float8_e4m3fn",
+            TypeError,
+            params=lambda s: [x.to(torch.float8_e4m3fn) for x in s.params],
+        ),
+        bad(
+            r"grads\[1\] cannot be torch.float8_e5m2 for a parameter of torch.float32",
+            TypeError,
+            grads=lambda s: [s.grads(0)[0], s.grads(0)[1].to(torch.float8_e5m2)],
         ),
         bad(r"grads\[0\] must be on cpu, got meta", grads=lambda s: [g.to("meta") for g in s.grads(0)]),
         bad("params must be a list of tensors, got one", TypeError, params=lambda s: s.params[0]),

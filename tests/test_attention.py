@@ -362,7 +362,7 @@ def test_hostile_arguments():
     half = torch.randn(2, 2, 8, 16)
     for args, kwargs, error, message in (
         (([1.0], q, q), {}, TypeError, "query must be a tensor, got list"),
-        ((q.int(), q, q), {}, TypeError, "floating dtype, got torch.int32"),
+        ((q.int(), q, q), {}, TypeError, "or float64, got torch.int32"),
         ((q, q.half(), q), {}, TypeError, "key must have query's dtype"),
         ((q[0], q, q), {}, ValueError, r"shape \(B, H, S, D\), got \(4, 8, 16\)"),
         ((q, q.to("meta"), q), {}, ValueError, "query is on cpu, key on meta"),

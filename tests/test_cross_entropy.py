@@ -435,7 +435,7 @@ def test_hostile_arguments():
     for args, kwargs, error, message in (
         (([1.0], y), {}, TypeError, "input must be a tensor, got list"),
         ((x, 3), {}, TypeError, "target must be a tensor, got int"),
-        ((x.int(), y), {}, TypeError, "input must have a floating dtype, got torch.int32"),
+        ((x.int(), y), {}, TypeError, "input must be float32, bfloat16, float16 or float64, got torch.int32"),
         ((x, y.bool()), {}, TypeError, "target must be int64, int32, uint8 or floating probabilities, got torch.bool"),
         ((x, y[:3]), {}, ValueError, r"target must have shape \(4,\) for input \(4, 7\), got \(3,\)"),
         ((x, x[:, :5]), {}, ValueError, r"target must have shape \(4, 7\).*, got \(4, 5\)"),
@@ -444,7 +444,7 @@ def test_hostile_arguments():
         ((x, y + 7), {}, IndexError, r"target \d+ is out of bounds for 7 classes"),
         ((x, y - 9), {}, IndexError, r"target -\d+ is out of bounds for 7 classes"),
         ((x, y), {"weight": torch.ones(6)}, ValueError, r"weight must have shape \(7,\) on cpu, got \(6,\)"),
-        ((x, y), {"weight": [1.0] * 7}, TypeError, "weight must be a floating tensor or None"),
+        ((x, y), {"weight": [1.0] * 7}, TypeError, "weight must be a tensor or None, got list"),
         ((x, y), {"weight": torch.ones(7, requires_grad=True)}, ValueError, "weight gets no gradient"),
         ((x, y), {"reduction": "max"}, ValueError, "reduction must be 'mean', 'sum' or 'none', got 'max'"),
         ((x, y), {"label_smoothing": 1.5}, ValueError, "label_smoothing must be between 0 and 1, got 1.5"),

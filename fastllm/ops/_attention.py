@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastllm import backends
 from fastllm.ops import _triton
+from fastllm.ops._arguments import check_dtype, number
 from fastllm.ops._dropout import check_rate
 
 SCORES = "float dropout_p, float scale, SymInt window_left, SymInt window_right, float softcap, bool bottom_right"
@@ -115,8 +116,7 @@ def check_tensors(name: str, rank: str, **tensors: Tensor) -> None:
     for label, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: {label} must be a tensor, got {type(tensor).__name__}")
-        if not tensor.dtype.is_floating_point:
-            raise TypeError(f"{name}: {label} must have a floating dtype, got {tensor.dtype}")
+        check_dtype(name, label, tensor.dtype)
         if tensor.dim() != len(rank):
             raise ValueError(f"{name}: {label} must have shape ({', '.join(rank)}), got {tuple(tensor.shape)}")
         if tensor.dtype != first.dtype:
@@ -156,12 +156,14 @@ def check_extras(
     sequences: int,
     dropout_p: float,
     scale: float | None,
-    softcap: float,
+    softcap: float | None,
     sinks: Tensor | None,
     alibi_slopes: Tensor | None,
-) -> tuple[float, Tensor | None]:
-    """Returns the scale and the slopes, expanded to (sequences, heads)."""
-    check_rate(name, "dropout_p", dropout_p)
+) -> tuple[float, float, float, Tensor | None]:
+    """Returns dropout_p, the scale, the softcap and the slopes, expanded to (sequences, heads)."""
+    dropout_p = check_rate(name, "dropout_p", dropout_p)
+    scale = query.shape[-1] ** -0.5 if scale is None else number(name, "scale", scale)
+    softcap = 0.0 if softcap is None else number(name, "softcap", softcap)
     if not softcap >= 0:
         raise ValueError(f"{name}: softcap must be at least 0 (0 for none), got {softcap}")
     for label, tensor in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
@@ -169,8 +171,7 @@ def check_extras(
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: {label} must be a tensor or None, got {type(tensor).__name__}")
-        if not tensor.dtype.is_floating_point:
-            raise TypeError(f"{name}: {label} must have a floating dtype, got {tensor.dtype}")
+        check_dtype(name, label, tensor.dtype)
         if tensor.device != query.device:
             raise ValueError(f"{name}: query is on {query.device}, {label} on {tensor.device}")
     if sinks is not None and sinks.shape != (heads,):
@@ -184,15 +185,7 @@ def check_extras(
                 f"got {tuple(alibi_slopes.shape)}"
             )
         alibi_slopes = alibi_slopes.expand(sequences, heads)
-    return query.shape[-1] ** -0.5 if scale is None else float(scale), alibi_slopes
-
-
-def apart(first: Tensor, *others: Tensor) -> list[Tensor]:
-    """The tensors, aliased where one is given twice, which Dynamo does not accept of an autograd.Function."""
-    found = [first]
-    for tensor in others:
-        found.append(tensor.view_as(tensor) if any(tensor is other for other in found) else tensor)
-    return found
+    return float(dropout_p), float(scale), float(softcap), alibi_slopes
 
 
 def autocast(query: Tensor, *others: Tensor) -> list[Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastllm.backends import KERNEL_DTYPES, Backend, Op, autocasts, compiled
 from fastllm.ops import _triton
+from fastllm.ops._arguments import check_dtype, integer, number
 from fastllm.reference import cross_entropy as reference
 
 
@@ -129,14 +130,45 @@ def check_target(name: str, target: Tensor, classes: int, ignore_index: int) -> 
         torch._assert_async(~wrong.any(), f"{name}: a target is out of bounds for {classes} classes")
 
 
-def check_numbers(name: str, reduction: str, label_smoothing: float, z_loss: float, softcap: float) -> None:
+def check_options(
+    name: str,
+    reduction: str,
+    label_smoothing: float,
+    z_loss: float | None,
+    softcap: float | None,
+    dtype: torch.dtype | None = None,
+) -> tuple[float, float, float]:
+    """Returns label_smoothing, z_loss and softcap as numbers."""
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"{name}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    if dtype is not None:
+        check_dtype(name, "dtype", dtype)
+    label_smoothing = number(name, "label_smoothing", label_smoothing)
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"{name}: label_smoothing must be between 0 and 1, got {label_smoothing}")
-    for label, number in (("z_loss", z_loss), ("softcap", softcap)):
-        if not 0.0 <= number < math.inf:
-            raise ValueError(f"{name}: {label} must be finite and not negative, got {number}")
+    return label_smoothing, _not_negative(name, "z_loss", z_loss), _not_negative(name, "softcap", softcap)
+
+
+def _not_negative(name: str, label: str, value: float | None) -> float:
+    value = 0.0 if value is None else number(name, label, value)
+    if not 0.0 <= value < math.inf:
+        raise ValueError(f"{name}: {label} must be finite and not negative, got {value}")
+    return value
+
+
+def check_linear_options(
+    name: str, weight: Tensor | None, label_smoothing: float, z_loss: float, chunk_size: int | None
+) -> int | None:
+    """What linear_cross_entropy asks beyond `check_options`; returns chunk_size."""
+    if weight is not None and (label_smoothing or z_loss):
+        raise ValueError(
+            f"{name}: class weights do not go with label_smoothing and z_loss, got {label_smoothing} and {z_loss}"
+        )
+    if chunk_size is not None:
+        chunk_size = integer(name, "chunk_size", chunk_size)
+        if chunk_size < 1:
+            raise ValueError(f"{name}: chunk_size must be at least 1, got {chunk_size}")
+    return chunk_size
 
 
 def check_num_valid(name: str, num_valid: float | Tensor | None, reduction: str) -> None:
@@ -150,15 +182,16 @@ def check_num_valid(name: str, num_valid: float | Tensor | None, reduction: str)
                 f"{name}: num_valid must have one element and get no gradient, got shape {tuple(num_valid.shape)}, "
                 f"requires_grad={num_valid.requires_grad}"
             )
-    elif not num_valid > 0:
+    elif not number(name, "num_valid", num_valid) > 0:
         raise ValueError(f"{name}: num_valid must be positive, got {num_valid}")
 
 
 def check_weight(name: str, weight: Tensor | None, classes: int, input: Tensor) -> None:
     if weight is None:
         return
-    if not isinstance(weight, Tensor) or not weight.dtype.is_floating_point:
-        raise TypeError(f"{name}: weight must be a floating tensor or None, got {getattr(weight, 'dtype', weight)!r}")
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{name}: weight must be a tensor or None, got {type(weight).__name__}")
+    check_dtype(name, "weight", weight.dtype)
     if weight.shape != (classes,) or weight.device != input.device:
         raise ValueError(
             f"{name}: weight must have shape ({classes},) on {input.device}, got {tuple(weight.shape)} on "

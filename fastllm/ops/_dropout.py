@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastllm.ops._arguments import number
 
-def check_rate(name: str, argument: str, rate: float) -> None:
-    """Raises TypeError or ValueError unless rate is a probability."""
-    if not isinstance(rate, (int, float)):
-        raise TypeError(f"{name}: {argument} must be a number, got {rate!r}")
+
+def check_rate(name: str, argument: str, rate: float) -> float:
+    """The rate. Raises TypeError or ValueError unless it is a probability."""
+    rate = number(name, argument, rate)
     if not 0.0 <= rate <= 1.0:
         raise ValueError(f"{name}: {argument} must be between 0 and 1, got {rate}")
+    return rate
 
 
 def dropout_seed(like: Tensor, rate: float) -> Tensor | None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastllm.backends import KERNEL_DTYPES, Backend, compiled
 from fastllm.ops import _triton
+from fastllm.ops._arguments import apart, check_dtype
 
 
 def checked(name: str, gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -22,8 +23,7 @@ def checked(name: str, gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor 
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: {label} must be a tensor, got {type(tensor).__name__}")
-        if not tensor.dtype.is_floating_point:
-            raise TypeError(f"{name}: {label} must have a floating dtype, got {tensor.dtype}")
+        check_dtype(name, label, tensor.dtype)
     if gate.dim() == 0:
         raise ValueError(f"{name}: gate must have at least one dimension, got ()")
     if up is None:
@@ -35,7 +35,7 @@ def checked(name: str, gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor 
     if up.device != gate.device:
         raise ValueError(f"{name}: gate is on {gate.device}, up on {up.device}")
     dtype = torch.promote_types(gate.dtype, up.dtype)
-    return gate.to(dtype), up.to(dtype)
+    return apart(gate.to(dtype), up.to(dtype))  # type: ignore[return-value]
 
 
 def halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:

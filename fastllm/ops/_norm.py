@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastllm.backends import KERNEL_DTYPES, Backend, compiled
 from fastllm.ops import _sharding, _triton
+from fastllm.ops._arguments import check_dtype, number
 
 LONGEST_WITH_DROPOUT = 8192
 """Elements of a row, which kernels/_dropout_norm.py holds in registers."""
@@ -76,8 +77,7 @@ def validate(
     if not isinstance(normalized_shape, (tuple, list)):
         raise TypeError(f"{name}: normalized_shape must be a tuple of ints, got {normalized_shape!r}")
     shape, ndim = tuple(normalized_shape), len(normalized_shape)
-    if not input.dtype.is_floating_point:
-        raise TypeError(f"{name}: input must have a floating dtype, got {input.dtype}")
+    check_dtype(name, "input", input.dtype)
     if ndim == 0:
         raise ValueError(f"{name}: normalized_shape must have at least one dimension, got ()")
     if tuple(input.shape[-ndim:]) != shape:
@@ -87,8 +87,7 @@ def validate(
             continue
         if not isinstance(parameter, Tensor):
             raise TypeError(f"{name}: {label} must be a tensor or None, got {type(parameter).__name__}")
-        if not parameter.dtype.is_floating_point:
-            raise TypeError(f"{name}: {label} must have a floating dtype, got {parameter.dtype}")
+        check_dtype(name, label, parameter.dtype)
         if tuple(parameter.shape) != shape:
             raise ValueError(f"{name}: {label} must have shape {shape}, got {tuple(parameter.shape)}")
         if parameter.device != input.device:
@@ -104,8 +103,7 @@ def validate_residual(name: str, input: Tensor, residual: Tensor) -> None:
     """
     if not isinstance(residual, Tensor):
         raise TypeError(f"{name}: residual must be a tensor, got {type(residual).__name__}")
-    if not residual.dtype.is_floating_point:
-        raise TypeError(f"{name}: residual must have a floating dtype, got {residual.dtype}")
+    check_dtype(name, "residual", residual.dtype)
     if residual.shape != input.shape:
         raise ValueError(f"{name}: residual must have shape {tuple(input.shape)}, got {tuple(residual.shape)}")
     if residual.device != input.device:
@@ -141,6 +139,8 @@ def empty_statistic(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[:-1], dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-def rms_eps(x: Tensor, eps: float | None) -> float:
+def rms_eps(name: str, x: Tensor, eps: float | None) -> float:
     """torch's default: the machine epsilon of the dtype that the norm is computed in."""
-    return torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps if eps is None else eps
+    if eps is None:
+        return torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps
+    return number(name, "eps", eps)

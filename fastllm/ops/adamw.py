@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastllm.backends import KERNEL_DTYPES, LIBRARY, Op, compiled
+from fastllm.ops._arguments import DTYPES, check_dtype
 from fastllm.reference import adamw as reference
 
 
@@ -254,8 +255,7 @@ def adamw(
 
 def _check(index: int, param: Tensor, parts: dict[str, Tensor]) -> None:
     """The tensors that belong to one parameter."""
-    if not param.is_floating_point():
-        raise TypeError(f"adamw: params[{index}] must be floating point, got {param.dtype}")
+    check_dtype("adamw", f"params[{index}]", param.dtype)
     quantized = parts["exp_avgs"].dtype == torch.uint8
     if quantized and (not {"exp_avg_scales", "exp_avg_sq_scales"} <= set(parts) or "max_exp_avg_sqs" in parts):
         raise ValueError("adamw: moments of 8 bits need exp_avg_scales and exp_avg_sq_scales, and know no amsgrad")
@@ -275,13 +275,13 @@ def _check(index: int, param: Tensor, parts: dict[str, Tensor]) -> None:
         if tensor.device != param.device:
             raise ValueError(f"adamw: {name}[{index}] must be on {param.device}, got {tensor.device}")
         allowed = {
-            "exp_avgs": tensor.is_floating_point() or quantized,
+            "exp_avgs": tensor.dtype in DTYPES or quantized,
             "exp_avg_sqs": tensor.dtype == parts["exp_avgs"].dtype,
             "max_exp_avg_sqs": tensor.dtype == parts["exp_avgs"].dtype,
             "masters": tensor.dtype == torch.float32 or (tensor.dtype == torch.int16 and param.dtype == torch.bfloat16),
             "exp_avg_scales": tensor.dtype == torch.float32,
             "exp_avg_sq_scales": tensor.dtype == torch.float32,
-        }.get(name, tensor.is_floating_point())
+        }.get(name, tensor.dtype in DTYPES)
         if not allowed:
             beside = "" if name in ("grads", "masters") else f" with exp_avgs of {parts['exp_avgs'].dtype}"
             raise TypeError(f"adamw: {name}[{index}] cannot be {tensor.dtype} for a parameter of {param.dtype}{beside}")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastllm.backends import Op
 from fastllm.ops import _norm
+from fastllm.ops._arguments import apart, number
 from fastllm.ops.layer_norm import layer_norm
 from fastllm.reference import add_layer_norm as reference
 
@@ -82,17 +83,18 @@ def add_layer_norm(
         (normed, input + residual), both contiguous, of input's shape. Differentiable once.
 
     Raises:
-        TypeError: for a dtype that is not floating, or a normalized_shape that is no sequence.
+        TypeError: for another dtype, an eps that is no number, a normalized_shape that is no sequence.
         ValueError: for shapes or devices that do not fit; residual is not broadcast.
     """
     ndim = _norm.validate("add_layer_norm", input, normalized_shape, weight, bias)
     _norm.validate_residual("add_layer_norm", input, residual)
+    eps = number("add_layer_norm", "eps", eps)
     input, residual = _norm.promote(input, residual)
     if _norm.runs_in_float32(input):  # autocast rounds the sum to 16 bits and normalizes it in float32
         total = input + residual
         return layer_norm(total, normalized_shape, weight, bias, eps), total
     if ndim == 1:
-        return _AddLayerNorm.apply(input, residual, weight, bias, eps)
+        return _AddLayerNorm.apply(*apart(input, residual, weight, bias), eps)
     x, r, weight, bias = (_norm.flatten(t, ndim) for t in (input, residual, weight, bias))
     y, total = _AddLayerNorm.apply(x, r, weight, bias, eps)
     return y.view(input.shape), total.view(input.shape)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastllm.backends import Op
 from fastllm.ops import _norm
+from fastllm.ops._arguments import apart
 from fastllm.ops.rms_norm import rms_norm
 from fastllm.reference import add_rms_norm as reference
 
@@ -68,18 +69,18 @@ def add_rms_norm(
         (normed, input + residual), both contiguous, of input's shape. Differentiable once.
 
     Raises:
-        TypeError: for a dtype that is not floating, or a normalized_shape that is no sequence.
+        TypeError: for another dtype, an eps that is no number, a normalized_shape that is no sequence.
         ValueError: for shapes or devices that do not fit; residual is not broadcast.
     """
     ndim = _norm.validate("add_rms_norm", input, normalized_shape, weight)
     _norm.validate_residual("add_rms_norm", input, residual)
     input, residual = _norm.promote(input, residual)
+    eps = _norm.rms_eps("add_rms_norm", input, eps)
     if _norm.runs_in_float32(input):  # autocast rounds the sum to 16 bits and normalizes it in float32
         total = input + residual
         return rms_norm(total, normalized_shape, weight, eps), total
-    eps = _norm.rms_eps(input, eps)
     if ndim == 1:
-        return _AddRMSNorm.apply(input, residual, weight, eps)
+        return _AddRMSNorm.apply(*apart(input, residual, weight), eps)
     x, r, weight = (_norm.flatten(t, ndim) for t in (input, residual, weight))
     y, total = _AddRMSNorm.apply(x, r, weight, eps)
     return y.view(input.shape), total.view(input.shape)

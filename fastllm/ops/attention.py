@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from fastllm.backends import Backend, Op
 from fastllm.ops import _attention, _sdpa
+from fastllm.ops._arguments import DTYPES, apart
 from fastllm.ops._dropout import dropout_seed
 from fastllm.reference import attention as reference
 
@@ -149,7 +150,7 @@ def attention(
     enable_gqa: bool = False,
     *,
     window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
+    softcap: float | None = 0.0,
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     causal_align: str = "top_left",
@@ -180,7 +181,7 @@ def attention(
         scale: None means D ** -0.5.
         enable_gqa: lets HK be a divisor of H; query head h reads key head h // (H / HK).
         window_size: (left, right): query i sees keys from p_i - left to p_i + right; -1 is no limit.
-        softcap: c above; 0 is none.
+        softcap: c above; 0 or None is none.
         sinks: (H,) logits, one a head, that take part in the softmax and have no value. Differentiable.
         alibi_slopes: (H,) or (B, H), not differentiable.
         causal_align: "top_left" as torch, or "bottom_right" as flash-attn; the same where Sq == Sk.
@@ -192,8 +193,8 @@ def attention(
         also lse (B, H, Sq), float32 (float64 for float64), differentiable, in which sinks are counted.
 
     Raises:
-        TypeError: for dtypes that are not floating or not one; ValueError: for shapes, devices or numbers that do not
-            fit.
+        TypeError: for other dtypes or several, and what is no number; ValueError: for shapes, devices or numbers
+            that do not fit.
     """
     name = "attention"
     query, key, value = _attention.autocast(query, key, value)
@@ -205,7 +206,7 @@ def attention(
         raise ValueError(f'{name}: causal_align must be "top_left" or "bottom_right", got {causal_align!r}')
     left, right = _attention.check_window(name, window_size, is_causal)
     batch, heads, seq_q, _ = query.shape
-    scale, alibi_slopes = _attention.check_extras(
+    dropout_p, scale, softcap, alibi_slopes = _attention.check_extras(
         name, query, heads, batch, dropout_p, scale, softcap, sinks, alibi_slopes
     )
     if attn_mask is not None:
@@ -217,11 +218,11 @@ def attention(
         return F.scaled_dot_product_attention(
             query, key, value, is_causal=right == 0, scale=scale, enable_gqa=enable_gqa
         )
-    query, key, value = _attention.apart(query, key, value)
+    query, key, value = apart(query, key, value)
     mask_grad = attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled()
     out, lse = _Attention.apply(
         query, key, value, attn_mask, sinks, alibi_slopes, dropout_seed(query, dropout_p), mask_grad,
-        return_lse, float(dropout_p), scale, left, right, float(softcap), causal_align == "bottom_right",
+        return_lse, dropout_p, scale, left, right, softcap, causal_align == "bottom_right",
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -230,8 +231,8 @@ def _mask(attn_mask: Tensor, query: Tensor, shape: tuple) -> Tensor:
     """The mask expanded to (B, H, Sq, Sk), which copies nothing."""
     if not isinstance(attn_mask, Tensor):
         raise TypeError(f"attention: attn_mask must be a tensor or None, got {type(attn_mask).__name__}")
-    if attn_mask.dtype != torch.bool and not attn_mask.dtype.is_floating_point:
-        raise TypeError(f"attention: attn_mask must be bool or floating, got {attn_mask.dtype}")
+    if attn_mask.dtype != torch.bool and attn_mask.dtype not in DTYPES:
+        raise TypeError(f"attention: attn_mask must be bool or floating of 16 bits or more, got {attn_mask.dtype}")
     if attn_mask.device != query.device:
         raise ValueError(f"attention: query is on {query.device}, attn_mask on {attn_mask.device}")
     given = (1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape)

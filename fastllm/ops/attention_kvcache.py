@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from fastllm.backends import Backend, Op, autocasts
 from fastllm.ops import _attention, _sdpa
+from fastllm.ops._arguments import DTYPES, number
 from fastllm.ops.attention import attention
 from fastllm.reference import attention_kvcache as reference
 
@@ -92,7 +93,7 @@ def attention_kvcache(
     is_causal: bool = True,
     scale: float | None = None,
     window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
+    softcap: float | None = 0.0,
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     return_lse: bool = False,
@@ -118,8 +119,8 @@ def attention_kvcache(
         out (B, H, Sq, DV), with return_lse also lse (B, H, Sq). Not differentiable. The caller counts cache_seqlens up.
 
     Raises:
-        TypeError: for dtypes that are not floating or not one; ValueError: for shapes, devices or numbers that do not
-            fit.
+        TypeError: for other dtypes or several, and what is no number; ValueError: for shapes, devices or numbers
+            that do not fit.
     """
     name = "attention_kvcache"
     if isinstance(q, Tensor) and isinstance(k_cache, Tensor) and autocasts(q.device.type):
@@ -130,6 +131,7 @@ def attention_kvcache(
                 q, k_cache, v_cache, cache_seqlens, k, v, is_causal=is_causal, scale=scale, window_size=window_size,
                 softcap=softcap, sinks=sinks, alibi_slopes=alibi_slopes, return_lse=return_lse,
             )  # fmt: skip
+    softcap = 0.0 if softcap is None else number(name, "softcap", softcap)
     if sinks is alibi_slopes is None and softcap == 0 and not return_lse and window_size == (-1, -1):
         out = _stock(q, k_cache, v_cache, cache_seqlens, k, v, is_causal, scale)
         if out is not None:
@@ -160,6 +162,9 @@ def attention_kvcache(
         for length_b in cache_seqlens.tolist():
             _check_length(length_b, new, k_cache.shape[2])
     left, right = _attention.check_window(name, window_size, is_causal)
+    _, scale, softcap, alibi_slopes = _attention.check_extras(
+        name, q, q.shape[1], batch, 0.0, scale, softcap, sinks, alibi_slopes
+    )
     inputs = (q, k_cache, v_cache, k, v, sinks)
     differentiated = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     if length is not None and q.shape[2] >= PROMPT and not differentiated:
@@ -171,11 +176,10 @@ def attention_kvcache(
             q, k_cache, v_cache, scale=scale, window_size=(left, right), softcap=softcap, sinks=sinks,
             alibi_slopes=alibi_slopes, causal_align="bottom_right", enable_gqa=True, return_lse=return_lse,
         )  # fmt: skip
-    scale, alibi_slopes = _attention.check_extras(name, q, q.shape[1], batch, 0.0, scale, softcap, sinks, alibi_slopes)
     if k is not None and v is not None:
         cache_seqlens = _append(k_cache, v_cache, k, v, cache_seqlens)
     out, lse = _AttentionKVCache.apply(
-        q, k_cache, v_cache, cache_seqlens, sinks, alibi_slopes, scale, left, right, float(softcap)
+        q, k_cache, v_cache, cache_seqlens, sinks, alibi_slopes, scale, left, right, softcap
     )
     return (out, lse) if return_lse else out
 
@@ -195,7 +199,8 @@ def _stock(
     new = None if k is None else (batch, kept[1], k.shape[2], size)
     end = length + (0 if new is None else new[2])
     fits = (
-        kept == v_cache.shape == (batch, kept[1], kept[2], size)
+        q.dtype in DTYPES
+        and kept == v_cache.shape == (batch, kept[1], kept[2], size)
         and heads % kept[1] == 0
         and length >= 0
         and 0 < end <= kept[2]

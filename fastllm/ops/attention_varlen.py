@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastllm.backends import Backend, Op
 from fastllm.ops import _attention, _sdpa
+from fastllm.ops._arguments import apart
 from fastllm.ops._dropout import dropout_seed
 from fastllm.reference import attention_varlen as reference
 
@@ -171,7 +172,7 @@ def attention_varlen(
     window_size: tuple[int, int] = (-1, -1),
     enable_gqa: bool = False,
     dropout_p: float = 0.0,
-    softcap: float = 0.0,
+    softcap: float | None = 0.0,
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = True,
@@ -198,8 +199,8 @@ def attention_varlen(
         out (total_q, H, DV), contiguous; with return_lse also lse (H, total_q).
 
     Raises:
-        TypeError: for dtypes that are not floating or not one; ValueError: for shapes, devices or numbers that do not
-            fit.
+        TypeError: for other dtypes or several, and what is no number; ValueError: for shapes, devices or numbers
+            that do not fit.
     """
     name = "attention_varlen"
     query, key, value = _attention.autocast(query, key, value)
@@ -213,13 +214,13 @@ def attention_varlen(
         if cu.device != query.device:
             raise ValueError(f"{name}: query is on {query.device}, {label} on {cu.device}")
     left, right = _attention.check_window(name, window_size, is_causal)
-    scale, alibi_slopes = _attention.check_extras(
+    dropout_p, scale, softcap, alibi_slopes = _attention.check_extras(
         name, query, query.shape[1], cu_seq_q.shape[0] - 1, dropout_p, scale, softcap, sinks, alibi_slopes
     )
-    query, key, value = _attention.apart(query, key, value)
-    cu_seq_q, cu_seq_k = _attention.apart(cu_seq_q, cu_seq_k)
+    query, key, value = apart(query, key, value)
+    cu_seq_q, cu_seq_k = apart(cu_seq_q, cu_seq_k)
     out, lse = _AttentionVarlen.apply(
         query, key, value, cu_seq_q, cu_seq_k, sinks, alibi_slopes, dropout_seed(query, dropout_p),
-        return_lse, max_q, max_k, float(dropout_p), scale, left, right, float(softcap), True,
+        return_lse, max_q, max_k, dropout_p, scale, left, right, softcap, True,
     )  # fmt: skip
     return (out, lse) if return_lse else out

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastllm.ops import _cross_entropy
+from fastllm.ops._arguments import check_dtype, integer
 from fastllm.reference import cross_entropy as reference
 
 
@@ -53,8 +54,8 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     *,
-    z_loss: float = 0.0,
-    softcap: float = 0.0,
+    z_loss: float | None = 0.0,
+    softcap: float | None = 0.0,
     num_valid: float | Tensor | None = None,
     dtype: torch.dtype | None = None,
     inplace: bool = False,
@@ -77,11 +78,12 @@ def cross_entropy(
         ignore_index: a target that takes no part.
         reduction: "mean" (over targets that take part, by their weights; NaN if there are none), "sum" or "none".
         label_smoothing: e above, in [0, 1].
-        z_loss: z above: keeps lse near zero.
-        softcap: c above; 0 is none.
+        z_loss: z above: keeps lse near zero; 0 or None is none.
+        softcap: c above; 0 or None is none.
         num_valid: divide the sum by this instead of by the number of targets that take part: that of a whole
             accumulation window, a number or a 0-d tensor. Only for "mean".
-        dtype: of the result. Default: input's, as torch, and float32 under autocast. (Sums are in float32 before.)
+        dtype: of the result, floating. Default: input's, as torch, and float32 under autocast. (Sums are in float32
+            before.)
         inplace: let the gradient overwrite the logits in the backward, which saves their memory once more. Whoever
             else saved them for a backward gets autograd's error about it; read them before. It has no effect in a
             compiled graph, and on logits whose rows are not dense or share memory.
@@ -92,14 +94,14 @@ def cross_entropy(
     Raises:
         IndexError: for a target that is no class, on the CPU (RuntimeError in a compiled graph); on a GPU a device-side
             assertion fails, as torch's.
-        TypeError: for dtypes that do not fit; ValueError: for shapes, devices and numbers that do not.
+        TypeError: for dtypes that do not fit, and what is no number; ValueError: for shapes, devices and numbers that
+            do not.
     """
     name = "cross_entropy"
     for label, tensor in (("input", input), ("target", target)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: {label} must be a tensor, got {type(tensor).__name__}")
-    if not input.dtype.is_floating_point:
-        raise TypeError(f"{name}: input must have a floating dtype, got {input.dtype}")
+    check_dtype(name, "input", input.dtype)
     if input.dim() == 0:
         raise ValueError(f"{name}: input must have shape (V,), (N, V) or (N, V, ...), got ()")
     class_dim = 0 if input.dim() == 1 else 1
@@ -111,13 +113,18 @@ def cross_entropy(
         raise ValueError(
             f"{name}: target must have shape {expected} for input {tuple(input.shape)}, got {tuple(target.shape)}"
         )
-    if not probabilities and target.dtype not in (torch.int64, torch.int32, torch.uint8):
+    if probabilities:
+        check_dtype(name, "target", target.dtype)
+    elif target.dtype not in (torch.int64, torch.int32, torch.uint8):
         raise TypeError(f"{name}: target must be int64, int32, uint8 or floating probabilities, got {target.dtype}")
+    ignore_index = integer(name, "ignore_index", ignore_index)
     if probabilities and ignore_index >= 0:
         raise ValueError(f"{name}: ignore_index is for class indices, got {ignore_index} with probabilities")
     if target.device != input.device:
         raise ValueError(f"{name}: input is on {input.device}, target on {target.device}")
-    _cross_entropy.check_numbers(name, reduction, label_smoothing, z_loss, softcap)
+    label_smoothing, z_loss, softcap = _cross_entropy.check_options(
+        name, reduction, label_smoothing, z_loss, softcap, dtype
+    )
     _cross_entropy.check_weight(name, weight, classes, input)
     _cross_entropy.check_num_valid(name, num_valid, reduction)
     base = input if input._base is None else input._base

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastllm.backends import Op
 from fastllm.ops import _norm
+from fastllm.ops._arguments import apart, number
 from fastllm.ops._dropout import check_rate, dropout_seed
 from fastllm.ops.add_layer_norm import add_layer_norm
 from fastllm.reference import dropout_add_layer_norm as reference
@@ -112,12 +113,13 @@ def dropout_add_layer_norm(
         (normed, sum), both contiguous, of input's shape. Differentiable once.
 
     Raises:
-        TypeError: for a dtype that is not floating, or a normalized_shape that is no sequence.
+        TypeError: for another dtype, an eps that is no number, a normalized_shape that is no sequence.
         ValueError: for shapes or devices that do not fit, and a p that is no probability; residual is not broadcast.
     """
     ndim = _norm.validate("dropout_add_layer_norm", input, normalized_shape, weight, bias)
     _norm.validate_residual("dropout_add_layer_norm", input, residual)
-    check_rate("dropout_add_layer_norm", "p", p)
+    p = check_rate("dropout_add_layer_norm", "p", p)
+    eps = number("dropout_add_layer_norm", "eps", eps)
     if p == 0 or not training:
         return add_layer_norm(input, residual, normalized_shape, weight, bias, eps)
     input, residual = _norm.promote(input, residual)
@@ -128,7 +130,7 @@ def dropout_add_layer_norm(
         return normed, total.to(input.dtype)
     seed = dropout_seed(input, p)
     if ndim == 1:
-        return _DropoutAddLayerNorm.apply(input, residual, weight, bias, seed, p, eps)
+        return _DropoutAddLayerNorm.apply(*apart(input, residual, weight, bias), seed, p, eps)
     x, r, weight, bias = (_norm.flatten(t, ndim) for t in (input, residual, weight, bias))
     y, total = _DropoutAddLayerNorm.apply(x, r, weight, bias, seed, p, eps)
     return y.view(input.shape), total.view(input.shape)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastllm.backends import Op
 from fastllm.ops import _norm
+from fastllm.ops._arguments import apart
 from fastllm.ops._dropout import check_rate, dropout_seed
 from fastllm.ops.add_rms_norm import add_rms_norm
 from fastllm.reference import dropout_add_rms_norm as reference
@@ -109,22 +110,22 @@ def dropout_add_rms_norm(
         (normed, sum), both contiguous, of input's shape. Differentiable once.
 
     Raises:
-        TypeError: for a dtype that is not floating, or a normalized_shape that is no sequence.
+        TypeError: for another dtype, an eps that is no number, a normalized_shape that is no sequence.
         ValueError: for shapes or devices that do not fit, and a p that is no probability; residual is not broadcast.
     """
     ndim = _norm.validate("dropout_add_rms_norm", input, normalized_shape, weight)
     _norm.validate_residual("dropout_add_rms_norm", input, residual)
-    check_rate("dropout_add_rms_norm", "p", p)
+    p = check_rate("dropout_add_rms_norm", "p", p)
+    input, residual = _norm.promote(input, residual)
+    eps = _norm.rms_eps("dropout_add_rms_norm", input, eps)
     if p == 0 or not training:
         return add_rms_norm(input, residual, normalized_shape, weight, eps)
-    input, residual = _norm.promote(input, residual)
     if _norm.runs_in_float32(input):  # as autocast has the norm; the sum comes in 16 bits
         normed, total = dropout_add_rms_norm(input.float(), residual.float(), normalized_shape, weight, eps, p=p)
         return normed, total.to(input.dtype)
-    eps = _norm.rms_eps(input, eps)
     seed = dropout_seed(input, p)
     if ndim == 1:
-        return _DropoutAddRMSNorm.apply(input, residual, weight, seed, p, eps)
+        return _DropoutAddRMSNorm.apply(*apart(input, residual, weight), seed, p, eps)
     x, r, weight = (_norm.flatten(t, ndim) for t in (input, residual, weight))
     y, total = _DropoutAddRMSNorm.apply(x, r, weight, seed, p, eps)
     return y.view(input.shape), total.view(input.shape)

@@ -73,7 +73,7 @@ def geglu(gate: Tensor, up: Tensor | None = None, approximate: str = "tanh") -> 
         (..., N), contiguous, in the dtype that gate and up promote to. Differentiable once.
 
     Raises:
-        TypeError: for a dtype that is not floating; ValueError: for shapes and devices that do not fit, and for
+        TypeError: for another dtype; ValueError: for shapes and devices that do not fit, and for
             another `approximate`.
     """
     if approximate not in ("tanh", "none"):

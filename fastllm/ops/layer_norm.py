@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastllm.backends import Op
 from fastllm.ops import _norm
+from fastllm.ops._arguments import apart, number
 from fastllm.reference import layer_norm as reference
 
 _fwd = Op(
@@ -68,7 +69,7 @@ def layer_norm(
     Args:
         input: (*, *normalized_shape), any strides; float32, bfloat16, float16; float64 runs on the reference.
         normalized_shape: the sizes of the last dimensions, normalized together.
-        weight: normalized_shape, or None for ones. Any floating dtype, also another than the input's.
+        weight: normalized_shape, or None for ones. Any of these dtypes, also another than the input's.
         bias: normalized_shape, or None for zeros. As weight.
         eps: added to the variance.
 
@@ -76,13 +77,14 @@ def layer_norm(
         Contiguous, of input's shape and dtype (float32 under CUDA autocast, as torch). Differentiable once.
 
     Raises:
-        TypeError: for a dtype that is not floating, or a normalized_shape that is no sequence.
+        TypeError: for another dtype, an eps that is no number, a normalized_shape that is no sequence.
         ValueError: for shapes or devices that do not fit.
     """
     ndim = _norm.validate("layer_norm", input, normalized_shape, weight, bias)
+    eps = number("layer_norm", "eps", eps)
     if _norm.runs_in_float32(input):
         input = input.float()
     if ndim == 1:
-        return _LayerNorm.apply(input, weight, bias, eps)
+        return _LayerNorm.apply(*apart(input, weight, bias), eps)
     x, weight, bias = (_norm.flatten(t, ndim) for t in (input, weight, bias))
     return _LayerNorm.apply(x, weight, bias, eps).view(input.shape)

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastllm.backends import KERNEL_DTYPES, Backend, Op, autocasts
 from fastllm.ops import _cross_entropy as _ce
 from fastllm.ops import _triton, _vocab_parallel
+from fastllm.ops._arguments import check_dtype, integer
 from fastllm.reference import linear_cross_entropy as reference
 
 
@@ -238,10 +239,10 @@ def linear_cross_entropy(
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: str = "mean",
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float = 0.0,
+    z_loss: float | None = 0.0,
+    softcap: float | None = 0.0,
     num_valid: float | Tensor | None = None,
     dtype: torch.dtype | None = None,
     chunk_size: int | None = None,
@@ -260,8 +261,8 @@ def linear_cross_entropy(
         linear_weight: (V, H), in input's dtype. May be an embedding's.
         target: (...) class indices, int64 or int32. (Probabilities: `cross_entropy` of whole logits.)
         linear_bias: (V,).
-        weight, reduction, ignore_index, label_smoothing, z_loss, softcap, num_valid, dtype: as `cross_entropy`. Class
-            weights do not go with label smoothing and z-loss.
+        weight, reduction, ignore_index, label_smoothing, z_loss, softcap, num_valid, dtype: as `cross_entropy`;
+            ignore_index None is -100, as torch. Class weights do not go with label smoothing and z-loss.
         chunk_size: rows whose logits are held at a time; default: as many as make them half the size of linear_weight,
             at least 256 (512 for 16 bits), or 32 MiB of logits.
         return_logprobs: also return the log-probability of each target, differentiable.
@@ -280,21 +281,19 @@ def linear_cross_entropy(
     for label, tensor in (("input", input), ("linear_weight", linear_weight), ("target", target)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: {label} must be a tensor, got {type(tensor).__name__}")
+    ignore_index = -100 if ignore_index is None else integer(name, "ignore_index", ignore_index)
+    label_smoothing, z_loss, softcap = _ce.check_options(name, reduction, label_smoothing, z_loss, softcap, dtype)
+    chunk_size = _ce.check_linear_options(name, weight, label_smoothing, z_loss, chunk_size)
     dtype = _ce.loss_dtype(input) if dtype is None else dtype
     if autocasts(input.device.type) and input.dtype != torch.float64:  # as torch's linear
         short = torch.get_autocast_dtype(input.device.type)
         input, linear_weight = input.to(short), linear_weight.to(short)
         linear_bias = None if linear_bias is None else linear_bias.to(short)
-    _check(name, input, linear_weight, target, linear_bias, chunk_size)
-    _ce.check_numbers(name, reduction, label_smoothing, z_loss, softcap)
+    _check(name, input, linear_weight, target, linear_bias)
     classes, start = linear_weight.shape[0], 0
     if process_group is not None:
         classes, start = _vocab_parallel.extent(classes, linear_weight.device, process_group)
     _ce.check_weight(name, weight, classes, input)
-    if weight is not None and (label_smoothing or z_loss):
-        raise ValueError(
-            f"{name}: class weights do not go with label_smoothing and z_loss, got {label_smoothing} and {z_loss}"
-        )
     _ce.check_num_valid(name, num_valid, reduction)
 
     shape = target.shape
@@ -336,14 +335,13 @@ def linear_cross_entropy(
     return loss, torch.where(y != ignore_index, stats[2] - stats[1], 0.0).reshape(shape)
 
 
-def _check(
-    name: str, input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, chunk_size: int | None
-) -> None:
+def _check(name: str, input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> None:
     for label, tensor in (("input", input), ("linear_weight", weight), ("linear_bias", bias)):
         if tensor is None:
             continue
-        if not isinstance(tensor, Tensor) or not tensor.dtype.is_floating_point:
-            raise TypeError(f"{name}: {label} must be a floating tensor, got {getattr(tensor, 'dtype', tensor)!r}")
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: {label} must be a tensor, got {type(tensor).__name__}")
+        check_dtype(name, label, tensor.dtype)
         if tensor.dtype != input.dtype:
             raise TypeError(f"{name}: {label} must have input's dtype {input.dtype}, got {tensor.dtype}")
         if tensor.device != input.device:
@@ -364,5 +362,3 @@ def _check(
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{name}: linear_bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"{name}: chunk_size must be at least 1, got {chunk_size}")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastllm.backends import Op
 from fastllm.ops import _norm
+from fastllm.ops._arguments import apart
 from fastllm.reference import rms_norm as reference
 
 _fwd = Op(
@@ -59,7 +60,7 @@ def rms_norm(
     Args:
         input: (*, *normalized_shape), any strides; float32, bfloat16, float16; float64 runs on the reference.
         normalized_shape: the sizes of the last dimensions, normalized together.
-        weight: normalized_shape, or None for ones. Any floating dtype, also another than the input's.
+        weight: normalized_shape, or None for ones. Any of these dtypes, also another than the input's.
         eps: added to the mean square; None means torch.finfo(torch.float32).eps (float64's for float64 input), as in
             torch.
 
@@ -67,14 +68,14 @@ def rms_norm(
         Contiguous, of input's shape and dtype (float32 under CUDA autocast, as torch). Differentiable once.
 
     Raises:
-        TypeError: for a dtype that is not floating, or a normalized_shape that is no sequence.
+        TypeError: for another dtype, an eps that is no number, a normalized_shape that is no sequence.
         ValueError: for shapes or devices that do not fit.
     """
     ndim = _norm.validate("rms_norm", input, normalized_shape, weight)
     if _norm.runs_in_float32(input):
         input = input.float()
-    eps = _norm.rms_eps(input, eps)
+    eps = _norm.rms_eps("rms_norm", input, eps)
     if ndim == 1:
-        return _RMSNorm.apply(input, weight, eps)
+        return _RMSNorm.apply(*apart(input, weight), eps)
     x, weight = (_norm.flatten(t, ndim) for t in (input, weight))
     return _RMSNorm.apply(x, weight, eps).view(input.shape)

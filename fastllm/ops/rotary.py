@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastllm.backends import KERNEL_DTYPES, Backend, Op, compiled
 from fastllm.ops import _attention, _triton
+from fastllm.ops._arguments import apart, check_dtype
 from fastllm.reference import rotary as reference
 
 
@@ -141,10 +142,10 @@ def rotary(
         raise ValueError(
             f"{name}: q and k must have the same shape but for the heads, got {tuple(q.shape)} and {tuple(k.shape)}"
         )
-    cos, sin = _tables(q, cos, sin)
+    cos, sin = _tables(q, cos, sin, interleaved)
     positions = _positions(q, cos, position_ids)
     function = _RotaryInPlace if inplace else _Rotary
-    q, k = function.apply(q, k, cos, sin, positions, interleaved)
+    q, k = function.apply(*apart(q, k, cos, sin), positions, interleaved)
     return (q[0].transpose(0, 1), k[0].transpose(0, 1)) if packed else (q, k)
 
 
@@ -161,11 +162,12 @@ def _check_in_place(q: Tensor, k: Tensor, packed: bool) -> None:
         raise ValueError("rotary: inplace would turn one tensor twice: q is k")
 
 
-def _tables(q: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def _tables(q: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
     batch, _, length, size = q.shape
     for label, table in (("cos", cos), ("sin", sin)):
-        if not isinstance(table, Tensor) or not table.dtype.is_floating_point:
-            raise TypeError(f"rotary: {label} must be a floating tensor, got {getattr(table, 'dtype', table)!r}")
+        if not isinstance(table, Tensor):
+            raise TypeError(f"rotary: {label} must be a tensor, got {type(table).__name__}")
+        check_dtype("rotary", label, table.dtype)
         if table.device != q.device:
             raise ValueError(f"rotary: q is on {q.device}, {label} on {table.device}")
         if table.requires_grad and torch.is_grad_enabled():
@@ -178,8 +180,13 @@ def _tables(q: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(
             f"rotary: cos must have shape (P, R / 2) or ({batch}, {length}, R / 2), got {tuple(cos.shape)}"
         )
-    if 2 * cos.shape[-1] > size:
-        raise ValueError(f"rotary: cos turns {2 * cos.shape[-1]} elements of a head, which has {size}")
+    width = cos.shape[-1]
+    if 2 * width > size:
+        message = f"rotary: cos turns {2 * width} elements of a head, which has {size}"
+        if width <= size and width % 2 == 0:
+            message += "; cos and sin are half as wide as transformers'"
+            message += "" if interleaved else f": pass cos[..., : {width // 2}] and sin[..., : {width // 2}]"
+        raise ValueError(message)
     acc = torch.promote_types(q.dtype, torch.float32)
     return cos.to(acc), sin.to(acc)
 

@@ -71,7 +71,7 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
         (..., N), contiguous, in the dtype that gate and up promote to. Differentiable once.
 
     Raises:
-        TypeError: for a dtype that is not floating; ValueError: for shapes and devices that do not fit.
+        TypeError: for another dtype; ValueError: for shapes and devices that do not fit.
     """
     gate, up = _glu.checked("swiglu", gate, up)
     return _SwiGLU.apply(gate, up)

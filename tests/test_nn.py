@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 
 import pytest
@@ -37,6 +38,46 @@ def test_linear_cross_entropy_loss(bias):
         theirs = torch.nn.LinearCrossEntropyLoss(6, 9, bias=bias, label_smoothing=0.1)
         theirs.load_state_dict(ours.state_dict())
         torch.testing.assert_close(ours(x, y), theirs(x, y))
+
+
+LOSSES = [fnn.CrossEntropyLoss, functools.partial(fnn.LinearCrossEntropyLoss, 6, 9)]
+
+
+@pytest.mark.parametrize("make", LOSSES, ids=["CrossEntropyLoss", "LinearCrossEntropyLoss"])
+def test_losses_show_their_settings(make):
+    text = repr(make(reduction="sum", ignore_index=3, label_smoothing=0.25, z_loss=0.5, softcap=30.0))
+    assert "reduction='sum', ignore_index=3, label_smoothing=0.25, z_loss=0.5, softcap=30.0" in text
+    assert "z_loss=0.0, softcap=0.0" in repr(make(z_loss=None, softcap=None))
+    assert "inplace=True" in repr(fnn.CrossEntropyLoss(inplace=True))
+    assert "chunk_size=16" in repr(fnn.LinearCrossEntropyLoss(6, 9, chunk_size=16))
+
+
+@pytest.mark.parametrize("make", LOSSES, ids=["CrossEntropyLoss", "LinearCrossEntropyLoss"])
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"reduction": "max"}, ValueError, "reduction must be 'mean', 'sum' or 'none', got 'max'"),
+        ({"label_smoothing": 1.5}, ValueError, "label_smoothing must be between 0 and 1, got 1.5"),
+        ({"label_smoothing": "0.1"}, TypeError, "label_smoothing must be a number, got '0.1'"),
+        ({"z_loss": -1.0}, ValueError, "z_loss must be finite and not negative, got -1.0"),
+        ({"softcap": [30.0]}, TypeError, r"softcap must be a number, got \[30.0\]"),
+        ({"ignore_index": 0.5}, TypeError, "ignore_index must be an int, got 0.5"),
+    ],
+    ids=str,
+)
+def test_losses_refuse_settings_at_once(make, kwargs, error, message):
+    with pytest.raises(error, match=f"^(Linear)?CrossEntropyLoss: {message}$"):
+        make(**kwargs)
+
+
+def test_linear_cross_entropy_loss_refuses_settings_at_once():
+    for kwargs, error, message in (
+        ({"chunk_size": 0}, ValueError, "chunk_size must be at least 1, got 0"),
+        ({"chunk_size": 2.0}, TypeError, "chunk_size must be an int, got 2.0"),
+        ({"weight": torch.ones(9), "z_loss": 0.1}, ValueError, "class weights do not go with"),
+    ):
+        with pytest.raises(error, match=f"^LinearCrossEntropyLoss: {message}"):
+            fnn.LinearCrossEntropyLoss(6, 9, **kwargs)
 
 
 @pytest.mark.parametrize(("name", "act"), [("SwiGLU", "silu"), ("GEGLU", "gelu_pytorch_tanh")])

@@ -8,6 +8,12 @@ import torch
 from torch import Tensor
 
 from fastllm import ops
+from fastllm.ops import _cross_entropy
+from fastllm.ops._arguments import integer
+
+
+def _settings(module: torch.nn.Module, *names: str) -> str:
+    return ", ".join(f"{name}={getattr(module, name)!r}" for name in names)
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
@@ -16,6 +22,9 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     Args:
         weight, size_average, ignore_index, reduce, reduction, label_smoothing: as torch's.
         z_loss, softcap, inplace: as `fastllm.ops.cross_entropy`.
+
+    Raises:
+        TypeError, ValueError: for settings that `fastllm.ops.cross_entropy` would refuse.
     """
 
     def __init__(
@@ -27,12 +36,17 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         reduction: str = "mean",
         label_smoothing: float = 0.0,
         *,
-        z_loss: float = 0.0,
-        softcap: float = 0.0,
+        z_loss: float | None = 0.0,
+        softcap: float | None = 0.0,
         inplace: bool = False,
     ):
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
-        self.z_loss, self.softcap, self.inplace = z_loss, softcap, inplace
+        name = "CrossEntropyLoss"
+        self.ignore_index = integer(name, "ignore_index", ignore_index)
+        self.label_smoothing, self.z_loss, self.softcap = _cross_entropy.check_options(
+            name, self.reduction, label_smoothing, z_loss, softcap
+        )
+        self.inplace = inplace
 
     def forward(self, input: Tensor, target: Tensor, *, num_valid: float | Tensor | None = None) -> Tensor:
         return ops.cross_entropy(
@@ -48,6 +62,9 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             inplace=self.inplace,
         )
 
+    def extra_repr(self) -> str:
+        return _settings(self, "reduction", "ignore_index", "label_smoothing", "z_loss", "softcap", "inplace")
+
 
 class LinearCrossEntropyLoss(torch.nn.Module):
     """The classifier and its loss on `fastllm.ops.linear_cross_entropy`, arguments and state_dict ("linear.weight",
@@ -58,6 +75,9 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         bias, device, dtype: of the classifier.
         reduction, weight, ignore_index, label_smoothing: as torch's.
         z_loss, softcap, chunk_size: as `fastllm.ops.linear_cross_entropy`.
+
+    Raises:
+        TypeError, ValueError: for settings that `fastllm.ops.linear_cross_entropy` would refuse.
     """
 
     weight: Tensor | None
@@ -74,16 +94,22 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         weight: Tensor | None = None,
         ignore_index: int | None = None,
         label_smoothing: float = 0.0,
-        z_loss: float = 0.0,
-        softcap: float = 0.0,
+        z_loss: float | None = 0.0,
+        softcap: float | None = 0.0,
         chunk_size: int | None = None,
     ):
         super().__init__()
         self.linear = torch.nn.Linear(in_features, num_classes, bias, device, dtype)
         self.register_buffer("weight", weight)
-        self.reduction, self.label_smoothing = reduction, label_smoothing
-        self.ignore_index = -100 if ignore_index is None else ignore_index
-        self.z_loss, self.softcap, self.chunk_size = z_loss, softcap, chunk_size
+        name = "LinearCrossEntropyLoss"
+        self.reduction = reduction
+        self.ignore_index = -100 if ignore_index is None else integer(name, "ignore_index", ignore_index)
+        self.label_smoothing, self.z_loss, self.softcap = _cross_entropy.check_options(
+            name, reduction, label_smoothing, z_loss, softcap
+        )
+        self.chunk_size = _cross_entropy.check_linear_options(
+            name, weight, self.label_smoothing, self.z_loss, chunk_size
+        )
 
     def forward(self, input: Tensor, target: Tensor, **kwargs: Any) -> Tensor | tuple[Tensor, Tensor]:
         """The loss of hidden states (..., H) and targets (...); `num_valid`, `dtype`, `return_logprobs` and
@@ -104,4 +130,4 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"reduction={self.reduction!r}, ignore_index={self.ignore_index}, label_smoothing={self.label_smoothing}"
+        return _settings(self, "reduction", "ignore_index", "label_smoothing", "z_loss", "softcap", "chunk_size")

@@ -7,11 +7,12 @@ is made by `Op._select` on real tensors. `explain` and that choice read the same
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import os
+import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -66,16 +67,25 @@ class Candidate:
     reason: str | None
     chosen: bool
 
+    @property
+    def verdict(self) -> str:
+        return "runs" if self.chosen else f"rejected: {self.reason}" if self.reason else "could run"
+
     def __str__(self) -> str:
-        verdict = "runs" if self.chosen else f"rejected: {self.reason}" if self.reason else "could run"
-        return f"{self.op:<22} {self.backend:<10} {verdict}"
+        return f"{self.op}  {self.backend}  {self.verdict}"
+
+
+def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """The rows as lines, every column as wide as its longest entry."""
+    widths = [max(len(entry) for entry in column) for column in zip(*rows, strict=True)]
+    return ["  ".join(entry.ljust(width) for entry, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 class Explanation(list):
     """What `explain` returns: a list of `Candidate`, in order of preference. Prints as a table."""
 
     def __str__(self) -> str:
-        return "\n".join(str(candidate) for candidate in self)
+        return "\n".join(aligned([(line.op, line.backend, line.verdict) for line in self]))
 
     @property
     def backend(self) -> str:
@@ -245,7 +255,16 @@ class Op:
         )
         if message not in self._warned:
             self._warned.add(message)
-            warnings.warn(message, FallbackWarning, stacklevel=4)
+            warnings.warn(message, FallbackWarning, stacklevel=_users_level())
+
+
+def _users_level() -> int:
+    """The `stacklevel` with which a warning of the caller points at the user's line, outside of fastllm and torch."""
+    level, frame = 1, sys._getframe(1)
+    # What Inductor writes is in modules below torch._inductor, what Dynamo writes in none.
+    while frame.f_back and frame.f_globals.get("__name__", "torch").partition(".")[0] in ("fastllm", "torch"):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _set_state(forced: str | None, explanation: Explanation | None) -> None:
@@ -254,9 +273,12 @@ def _set_state(forced: str | None, explanation: Explanation | None) -> None:
     _forced, _explanation, _slow_path = forced, explanation, forced is not None or explanation is not None
 
 
-@contextlib.contextmanager
-def use_backend(name: str | None) -> Iterator[None]:
-    """Runs every fastllm op called inside on backend `name`, in all threads; None lifts an outer choice.
+class use_backend:
+    """Runs every fastllm op on backend `name`, in all threads; None lifts an outer choice.
+
+        with use_backend("reference"): ...      # inside
+        use_backend("reference")                # from here on, until the next choice
+        @use_backend("reference")               # in every call of a function
 
     A forced backend never falls back: an op that lacks it, or cannot run its arguments on it, raises
     `BackendUnavailable` with the reasons. The environment variable FASTLLM_BACKEND does the same for a whole process.
@@ -267,12 +289,26 @@ def use_backend(name: str | None) -> Iterator[None]:
     Raises:
         ValueError: for an unknown name.
     """
-    before = _forced
-    _set_state(_check_name(name, "use_backend"), _explanation)
-    try:
-        yield
-    finally:
-        _set_state(before, _explanation)
+
+    def __init__(self, name: str | None):
+        self.name, self._before = _check_name(name, "use_backend"), _forced
+        _set_state(name, _explanation)
+
+    def __enter__(self) -> None:
+        _set_state(self.name, _explanation)
+
+    def __exit__(self, *exception: object) -> None:
+        _set_state(self._before, _explanation)
+
+    def __call__(self, function: Callable) -> Callable:
+        _set_state(self._before, _explanation)  # a decorator chooses in the calls only
+
+        @functools.wraps(function)
+        def run(*args, **kwargs):
+            with use_backend(self.name):
+                return function(*args, **kwargs)
+
+        return run
 
 
 def explain(op: str | Callable, *args, **kwargs) -> Explanation:

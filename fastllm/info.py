@@ -13,6 +13,7 @@ import torch
 
 import fastllm
 from fastllm import _ext, ops
+from fastllm.backends import aligned
 
 
 def _version(package: str) -> str | None:
@@ -99,11 +100,16 @@ def _format(report: dict[str, Any]) -> str:
             lines.append(f"            by {build['cuda_compiler']} for {archs}")
     for device, table in report["backends"].items():
         lines += ["", f"on {device}, float32:"]
+        rows = aligned(
+            [
+                (line["step"], line["backend"], "runs" if line["chosen"] else line["reason"] or "could run too")
+                for candidates in table.values()
+                for line in candidates
+            ]
+        )
         for name, candidates in table.items():
             lines.append(f"  {name}")
-            for line in candidates:
-                verdict = "runs" if line["chosen"] else line["reason"] or "could run too"
-                lines.append(f"    {line['step']:<20} {line['backend']:<10} {verdict}")
+            lines += [f"    {rows.pop(0)}" for _ in candidates]
     return "\n".join(lines)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
 
@@ -33,6 +34,17 @@ def test_explain_says_why_not():
     assert explanation.backend == "reference"
     cpu = next(candidate for candidate in explanation if candidate.backend == "cpu")
     assert cpu.reason == "input must be float32, bfloat16 or float16, got float64"
+
+
+def test_columns_line_up():
+    """Also those of ops with long names, and of a call of several ops."""
+    explanation = fastllm.explain("layer_norm", torch.randn(2, 8), (8,))
+    args, kwargs = sample("linear_cross_entropy")
+    explanation += fastllm.explain("linear_cross_entropy", args[0].requires_grad_(), *args[1:], **kwargs)
+    lines = str(explanation).splitlines()
+    assert len(lines) == len(explanation)
+    assert len({line.index(f"  {each.backend}") for line, each in zip(lines, explanation, strict=True)}) == 1
+    assert len({line.index(each.verdict) for line, each in zip(lines, explanation, strict=True)}) == 1
 
 
 def test_explain_computes_nothing(monkeypatch):
@@ -127,6 +139,29 @@ def test_use_backend_nests_and_ends():
         pass
 
 
+def test_use_backend_as_a_statement_and_as_a_decorator():
+    x = torch.randn(2, 8)
+
+    def chosen() -> str:
+        return fastllm.explain("rms_norm", x, (8,)).backend
+
+    usual = chosen()
+    with fastllm.use_backend(None):  # lifts what is chosen inside, too
+        fastllm.use_backend("reference")
+        assert chosen() == "reference"
+        fastllm.use_backend(None)
+        assert chosen() == usual
+        fastllm.use_backend("reference")
+        with pytest.raises(ValueError, match="unknown backend"):
+            fastllm.use_backend("gpu")
+        assert chosen() == "reference"
+    assert chosen() == usual
+    decorated = fastllm.use_backend("reference")(chosen)
+    assert chosen() == usual
+    assert [decorated(), decorated(), chosen()] == ["reference", "reference", usual]
+    assert decorated.__name__ == "chosen"
+
+
 def test_use_backend_holds_in_the_backward_and_in_other_threads(monkeypatch):
     """Autograd runs the backward of GPU tensors in threads of its own, so the choice is not a thread's."""
     seen = []
@@ -153,3 +188,23 @@ def test_a_fallback_warns_once_for_each_reason():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ops.rms_norm(x, (8,))
+
+
+def user(x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.Sequential(fastllm.nn.RMSNorm(8).double())(x)
+
+
+@pytest.mark.parametrize("compiler", [None, "aot_eager", "inductor"])
+def test_a_fallback_warning_points_at_the_users_line(compiler):
+    torch.compiler.reset()
+    call = torch.compile(user, backend=compiler) if compiler else user
+    for direction in ("fwd", "bwd"):
+        OPS[f"rms_norm_{direction}"]._warned.clear()
+    x = torch.randn(2, 8, dtype=torch.float64, requires_grad=True)
+    with pytest.warns(fastllm.FallbackWarning, match="rms_norm_fwd") as caught:
+        y = call(x)
+    first = user.__code__.co_firstlineno
+    assert {(w.filename, w.lineno - first) for w in caught} <= {(__file__, 0), (__file__, 1)}  # compiled, its first
+    with pytest.warns(fastllm.FallbackWarning, match="rms_norm_bwd") as caught:
+        y.sum().backward()
+    assert {(w.filename, w.lineno) for w in caught} == {(__file__, sys._getframe().f_lineno - 1)}

@@ -151,6 +151,10 @@ def test_info(folder):
     text = run("info", cwd=folder).stdout
     for word in ("versions", "cpu", "gpu", "on cpu, float32", *ops.__all__):
         assert word in text
+    table = text.partition("on cpu, float32")[2].partition("\n\n")[0]
+    columns = re.findall(r"^ {4}(\w+ +)(\w+ +)\S", table, re.MULTILINE)
+    assert len(columns) == sum(len(candidates) for candidates in report["backends"]["cpu"].values())
+    assert len({(len(step), len(backend)) for step, backend in columns}) == 1, "columns line up"
 
 
 @pytest.mark.parametrize(

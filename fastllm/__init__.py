@@ -5,7 +5,7 @@ fastllm.patch(model)            # the same in a model that exists already: print
 fastllm.explain(ops.rms_norm, x, (x.shape[-1],))   # which implementation runs, and why
 """
 
-from fastllm import nn, ops, optim
+from fastllm import _lazy, nn, ops, optim
 from fastllm._version import __version__
 from fastllm.backends import BackendUnavailable, FallbackWarning, explain, use_backend
 from fastllm.patching import PatchError, PatchReport, compare, patch, patched
@@ -25,3 +25,5 @@ __all__ = [
     "patched",
     "use_backend",
 ]
+
+__getattr__, __dir__ = _lazy.submodules(__name__, "compat", "data", "models", "trainer")

@@ -108,6 +108,27 @@ def test_import_is_light():
     assert run(code).strip() == "[] []"
 
 
+def test_subpackages_are_attributes():
+    """From the first time that somebody asks, and without what they are for."""
+    code = """
+import sys, fastllm
+for package, names in ((fastllm, ("compat", "data", "models", "trainer")), (fastllm.compat, ("flash_attn",))):
+    for name in names:
+        assert name in dir(package), name
+        assert getattr(package, name).__name__ == f"{package.__name__}.{name}"
+assert {"transformers", "lightning"} <= set(dir(fastllm.compat))
+assert not {"transformers", "lightning", "triton", "tokenizers"} & set(sys.modules)
+assert not hasattr(fastllm, "modells")
+sys.modules["lightning.pytorch"] = None
+assert not hasattr(fastllm.compat, "lightning")
+try:
+    fastllm.compat.lightning
+except AttributeError as error:
+    print(error)
+"""
+    assert "fastllm.compat.lightning cannot be imported: " in run(code)
+
+
 @bindings.needs_kernels
 def test_an_unknown_cpu_capability_in_the_environment_is_an_error():
     result = python(

@@ -17,7 +17,7 @@ COMPILED := setup.py pyproject.toml $(shell find csrc -type f)
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo    train a small GPT on English prose and compare its step with PyTorch's (4 minutes)"
+	@echo "make demo    train a small GPT on English prose and compare its step with PyTorch's (a few minutes)"
 	@echo "make setup   what the others do first: .venv, with everything built and installed"
 	@echo "make test    the test suite"
 	@echo "make lint    ruff, clang-format, mypy"

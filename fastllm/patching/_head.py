@@ -34,7 +34,7 @@ class Head:
 def can_defer(module: nn.Module, head: Head) -> bool:
     """Whether this call is one in which the head's product is left to the loss."""
     if head.deferred and sharded(module):  # its weight is not whole when the loss is computed
-        message = f"fastllm.patch: {type(module).__name__} is sharded by itself: its logits are made, its loss not fused"
+        message = f"fastllm.patch: {type(module).__name__} is sharded by itself: its loss is not fused"
         warnings.warn(message, FallbackWarning, stacklevel=2)
         return False
     return head.deferred

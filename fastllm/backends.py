@@ -123,6 +123,10 @@ def _tensors(args: Iterable) -> Iterator[Tensor]:
             yield from (item for item in arg if isinstance(item, Tensor))
 
 
+layout: Callable[..., tuple[bytes, bytes]] | None = None if _ext.C is None else _ext.C.layout
+"""Of lists of tensors: where and how all lie but for the addresses of the second list's, and these."""
+
+
 def compiled(key: str, supports: Callable[..., str | None]) -> Backend:
     """A C++ kernel for dispatch key "CPU" or "CUDA". `supports` need not look at the device."""
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastllm import _ext
+from fastllm.backends import layout as layout_of
 from fastllm.backends import steered
 from fastllm.ops._sharding import dtensor
 from fastllm.ops.adamw import SPARSE, TABLE_GRAD, grad_norm, has_tables, make_table, step_op, table_step
@@ -421,11 +421,11 @@ class AdamW(torch.optim.AdamW):
     def _table(self, batch: _Batch, lists: Sequence[list[Tensor]]) -> Tensor | None:
         """The kernels' table of a batch, made when any of its tensors is another or has moved; None if it needs more
         than that. Only the gradients' addresses are expected to change: they are new at every step."""
-        device, compiled = batch.tensors[0].device, _ext.C
-        if batch.special or compiled is None or steered() or torch.compiler.is_compiling() or not has_tables(device):
+        device = batch.tensors[0].device
+        if batch.special or layout_of is None or steered() or torch.compiler.is_compiling() or not has_tables(device):
             return None
         try:
-            layout, grads = compiled.layout(*lists)
+            layout, grads = layout_of(*lists)
         except RuntimeError:
             if any(grad.is_sparse for grad in batch.grads):
                 raise RuntimeError(SPARSE) from None

@@ -131,7 +131,7 @@ def test_csrc_speaks_the_stable_abi_only():
         if path.is_file():
             for line in path.read_text().splitlines():
                 if line.startswith("#include <") and any(part in line for part in ("torch/", "ATen/", "c10/")):
-                    # The shim is the C interface that the stable ABI stands on; DLPack is another, with its own version.
+                    # The shim is the C interface that the stable ABI stands on; DLPack is another, with a version.
                     allowed = ("<torch/csrc/stable/", "<torch/headeronly/", "<torch/csrc/inductor/aoti_torch/c/shim.h>")
                     allowed += ("<ATen/dlpack.h>",)
                     assert any(part in line for part in allowed), f"{path}: {line}"

@@ -127,6 +127,8 @@ def patched(model: nn.Module, **kwargs: Any) -> Iterator[PatchReport]:
 
 def _device_and_dtype(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     for parameter in model.parameters():
+        if parameter.is_meta:  # it will be where torch computes
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu"), parameter.dtype
         if parameter.dtype.is_floating_point:
             return parameter.device, parameter.dtype
     return torch.device("cpu"), torch.float32
@@ -170,6 +172,7 @@ def _patch_modules(report: PatchReport, model: nn.Module, wanted: _Choice) -> No
 
 
 def _found(kind: ModuleType, module: nn.Module) -> Any:
+    module = _probe.with_values(module)
     try:
         short = any(p.dtype in (torch.bfloat16, torch.float16) for p in module.parameters())
         module = _probe.whole(module)

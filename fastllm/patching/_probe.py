@@ -90,6 +90,18 @@ def hooked(module: nn.Module) -> bool:
     )
 
 
+def with_values(module: nn.Module) -> nn.Module:
+    """The module; if it is on the meta device, where nothing is computed, a copy on the CPU with random values."""
+    if not any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
+        return module
+    made = copy.deepcopy(module).to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for tensor in (*made.parameters(), *made.buffers()):
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) / 8)
+    return made
+
+
 @contextlib.contextmanager
 def quiet(module: nn.Module) -> Iterator[None]:
     """Leaves no trace of probes: neither in the random state nor in the modules' modes."""

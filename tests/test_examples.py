@@ -11,7 +11,12 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
-NEEDS = {"hf_trainer": "accelerate", "accelerate_loop": "accelerate", "lightning_fit": "lightning"}
+NEEDS = {
+    "hf_trainer": "accelerate",
+    "accelerate_loop": "accelerate",
+    "lightning_fit": "lightning",
+    "kernels_layers": "kernels.layer",  # `kernels` alone is also a folder of this repository
+}
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

@@ -16,6 +16,7 @@ from torch import nn
 from fastllm.patching import PatchReport, patch
 
 logger = logging.getLogger(__name__)
+NORMS = {"rms_norm", "layer_norm"}
 
 
 class FastllmConverter:
@@ -51,14 +52,14 @@ class FastllmConverter:
         """Patches a model in place, or returns a model's configuration whose `build` makes patched models.
 
         Raises:
-            NotImplementedError: with tensor parallelism, in which modules are given DTensors.
+            NotImplementedError: for more than norms with tensor parallelism, in which modules are given DTensors.
             PatchError: with strict=True.
         """
         if not isinstance(model, nn.Module):
             return _building_patched(model, self)
-        if self.tensor_parallel:
+        if self.tensor_parallel and not NORMS.issuperset(self.config.only or ["*"]):
             raise NotImplementedError(
-                "FastllmConverter: the ops take no DTensors, which tensor parallelism hands around"
+                f"FastllmConverter: with tensor parallelism only norms take what modules are given: only={sorted(NORMS)}"
             )
         with torch.device("cpu"):  # not the meta device, in whose context torchtitan builds
             self.report = patch(model, **dataclasses.asdict(self.config))

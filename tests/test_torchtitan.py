@@ -146,8 +146,12 @@ def test_gate_and_up_are_told_apart_on_the_meta_device():
     torch.testing.assert_close(initialized(model)(x), stock(x), rtol=1e-3, atol=1e-3)
 
 
-def test_tensor_parallelism_is_refused():
-    converter = FastllmConverter(None, SimpleNamespace(tp_enabled=True))
+def test_tensor_parallelism_leaves_all_but_norms():
+    parallel = SimpleNamespace(tp_enabled=True)
+    converter = FastllmConverter(None, parallel)
+    converter.convert(nn.Sequential(nn.RMSNorm(16), FeedForward(16)))
+    assert [entry.now for entry in converter.report] == ["rms_norm"]
+    converter = FastllmConverter(FastllmConverter.Config(only=["swiglu", "rms_norm"]), parallel)
     with pytest.raises(NotImplementedError, match="DTensors"):
         converter.convert(nn.RMSNorm(8))
 

@@ -52,17 +52,23 @@ class FastllmConverter:
         """Patches a model in place, or returns a model's configuration whose `build` makes patched models.
 
         Raises:
-            NotImplementedError: for more than norms with tensor parallelism, in which modules are given DTensors.
+            NotImplementedError: where `only` asks for more than norms with tensor parallelism.
             PatchError: with strict=True.
         """
         if not isinstance(model, nn.Module):
             return _building_patched(model, self)
-        if self.tensor_parallel and not NORMS.issuperset(self.config.only or ["*"]):
-            raise NotImplementedError(
-                f"FastllmConverter: with tensor parallelism only norms take what modules are given: only={sorted(NORMS)}"
-            )
+        options = dataclasses.asdict(self.config)
+        if self.tensor_parallel:
+            if options["only"] is None:
+                logger.info("fastllm.patch: with tensor parallelism only norms are replaced")
+                options["only"] = sorted(NORMS)
+            elif not NORMS.issuperset(options["only"]):
+                raise NotImplementedError(
+                    "FastllmConverter: with tensor parallelism modules are given DTensors, which norms alone take: "
+                    f"only={sorted(NORMS)}, got {options['only']}"
+                )
         with torch.device("cpu"):  # not the meta device, in whose context torchtitan builds
-            self.report = patch(model, **dataclasses.asdict(self.config))
+            self.report = patch(model, **options)
         logger.info("fastllm.patch:\n%s", self.report)
         return model
 

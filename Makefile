@@ -13,7 +13,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 COMPILED := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help setup demo test lint format bench gpu wheel clean
+.PHONY: help setup demo test lint format bench gpu sanitize wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -24,6 +24,7 @@ help:
 	@echo "make format  rewrite the sources as lint wants them"
 	@echo "make bench   every op against its rivals; results in runs/bench"
 	@echo "make gpu     on a machine with an NVIDIA GPU: build, test, measure; results in OUT=$(OUT)"
+	@echo "make sanitize after make gpu: every op under compute-sanitizer's four tools"
 	@echo "make wheel   sdist and wheel in dist/"
 	@echo "make clean   remove what was built and installed; runs/ stays"
 	@echo "The first target that needs it makes $(VENV) from PYTHON=$(PYTHON) and builds the kernels."
@@ -84,6 +85,15 @@ gpu:
 	$(PYTHON) -m pytest -q -m gpu -p no:cacheprovider > $(OUT)/tests.log 2>&1 || status=$$?; tail -15 $(OUT)/tests.log; \
 	$(PYTHON) -m fastllm bench --device cuda --json $(OUT)/ --report $(OUT)/report 2>&1 | tee $(OUT)/bench.log || status=$$?; \
 	exit $$status
+
+# Of the kernels that are built in place; torch's caching allocator would hide reads beyond a tensor's end.
+sanitize: export PYTHONPATH := $(CURDIR)
+sanitize: export PYTORCH_NO_CUDA_MEMORY_CACHING := 1
+sanitize:
+	@for tool in memcheck racecheck initcheck synccheck; do \
+	  echo "$$tool"; \
+	  compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON) tests/every_op.py cuda || exit 1; \
+	done
 
 wheel: $(READY)
 	$(PY) -m build --no-isolation

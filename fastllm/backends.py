@@ -123,7 +123,9 @@ def _tensors(args: Iterable) -> Iterator[Tensor]:
             yield from (item for item in arg if isinstance(item, Tensor))
 
 
-layout: Callable[..., tuple[bytes, bytes]] | None = None if _ext.C is None else _ext.C.layout
+layout: Callable[..., tuple[bytes, bytes]] | None = (
+    _ext.C.layout if _ext.C is not None and hasattr(Tensor, "__dlpack_c_exchange_api__") else None
+)
 """Of lists of tensors: where and how all lie but for the addresses of the second list's, and these."""
 
 

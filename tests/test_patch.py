@@ -7,6 +7,7 @@ import io
 import pickle
 import re
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -421,6 +422,139 @@ def test_the_report_names_a_single_module_and_counts_equal_ones():
     model = nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16), nn.Sequential(RMS(), RMS()))
     lines = [line.split() for line in str(patch(model)).splitlines()]
     assert [line[:3] for line in lines[1:]] == [["1", "1", "LayerNorm"], ["2", "2.*", "RMS"]] or lines[2][1] == "*.*"
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_hooks_on_the_head_get_logits(name):
+    from patch_models import batch, tiny_of
+
+    model, seen = tiny_of(name).train(), []
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    inputs = batch(model)
+
+    def hook(module, args, output):
+        seen.append(output.shape[-1])
+        return torch.tanh(output) * 5
+
+    head = model.get_output_embeddings()
+    handle = head.register_forward_hook(hook)
+    expected = model(**inputs).loss
+    handle.remove()
+    assert "linear_cross_entropy" in {entry.now for entry in patch(model).replaced}
+    plain = model(**inputs).loss
+    handle = head.register_forward_hook(hook)
+    torch.testing.assert_close(model(**inputs).loss, expected)
+    handle.remove()
+    torch.testing.assert_close(model(**inputs).loss, plain)
+    assert seen == [head.weight.shape[0]] * 2
+
+
+def test_models_that_share_a_configuration():
+    from patch_models import model_of
+
+    first = model_of("llama")
+    config = first.config
+    second = type(first)(config)
+    before = dict(vars(config))
+    report = patch(first)
+    assert first.config._attn_implementation == "fastllm"
+    assert first.model.layers[0].self_attn.config is first.config
+    assert second.config is config
+    assert vars(config) == before
+    other = patch(second)
+    assert "attention" in {entry.now for entry in other.replaced}
+    first.config.use_cache = not before["use_cache"]
+    report.revert()
+    assert first.config is config
+    assert first.model.layers[0].self_attn.config is config
+    assert vars(config) == before | {"use_cache": not before["use_cache"]}
+    assert second.config._attn_implementation == "fastllm"
+    other.revert()
+    assert second.config is config
+    assert config._attn_implementation == before["_attn_implementation_internal"]
+
+
+def test_an_attention_that_cannot_be_set(model, monkeypatch):
+    config = model.config
+
+    def fail(self, name):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(type(model), "set_attn_implementation", fail)
+    report = patch(model, only="attention")
+    assert "cannot be set: RuntimeError: no" in report.left[0].reason
+    assert model.config is config
+
+
+def test_attention_weights_of_models_that_only_look_for_them():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    small = {"n_layer": 2, "n_head": 4, "n_embd": 32, "vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2}
+    model = GPT2LMHeadModel(GPT2Config(**small, attn_implementation="eager")).eval()
+    ids = torch.randint(10, 90, (2, 7))
+    before = model(ids, output_attentions=True)
+    patch(model)
+    after = model(ids, output_attentions=True)
+    torch.testing.assert_close(after.attentions, before.attentions)
+    torch.testing.assert_close(after.logits, before.logits)
+
+
+class WritesItsEps(nn.Module):
+    """As nanoGPT has it."""
+
+    def __init__(self, bias):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(16)), nn.Parameter(torch.randn(16)) if bias else None
+
+    def forward(self, x):
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_norm_with_eps_in_its_code(bias):
+    module, x = WritesItsEps(bias), torch.randn(4, 16)
+    before = results(module, x)
+    assert [entry.now for entry in patch(module)] == ["layer_norm"]
+    torch.testing.assert_close(results(module, x), before)
+
+
+def test_proofs_do_not_warn():
+    from patch_models import tiny_of
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", fastllm.FallbackWarning)
+        for name in ("bert", "t5", "llama"):
+            patch(tiny_of(name))
+        patch(nn.TransformerEncoderLayer(16, 4, 24))
+
+
+def test_compare_takes_tuples_and_tensors():
+    class Model(nn.Module):
+        def __init__(self, loss):
+            super().__init__()
+            self.norm, self.out, self.loss = RMS(), nn.Linear(16, 8), loss
+
+        def forward(self, x):
+            logits = self.out(self.norm(x))
+            return (logits, logits.square().mean()) if self.loss else logits
+
+    found = compare(Model(True), {"x": torch.randn(3, 16)})
+    assert found.loss is not None
+    assert found.logits is not None
+    assert set(found.gradients) == {"norm.scale", "out.weight", "out.bias"}
+    assert found.worst < 1e-5
+    assert f"{found.worst:.1e}" in str(found).splitlines()[0]
+    found = compare(Model(False), {"x": torch.randn(3, 16)})
+    assert found.loss is None
+    assert found.logits is not None
+
+
+def test_a_report_that_was_taken_back_says_so():
+    report = patch(RMS())
+    report.revert()
+    assert str(report) == "RMS: reverted"
 
 
 @pytest.mark.parametrize("order", ["patch first", "LoRA first"])

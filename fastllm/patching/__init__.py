@@ -77,16 +77,18 @@ def patch(
 
     Nothing is known of architectures. Modules that look like a norm, a gated feed-forward or a GELU are run beside the
     op on random inputs, forward and backward, in their own dtype, and replaced if they are the same function to within
-    rounding. Attention goes through transformers' AttentionInterface, and the head with its loss becomes
+    rounding; so are norms behind dropout and a sum, torch's encoder layers and attention modules. In models of
+    transformers attention goes through the AttentionInterface, and the head with its loss becomes
     linear_cross_entropy, which needs no logits. Only this instance changes: each replaced module gets a forward of its
-    own; classes, parameters, state_dict and hooks stay as they are.
+    own; classes, parameters, state_dict and hooks stay as they are. Dropout draws other masks.
 
     In training and with labels the model's output has no logits (None), unless it is called with output_logits=True.
 
     Args:
-        model: any module; attention and head are found in models of transformers.
-        only, exclude: names of ops ("rms_norm", "layer_norm", "swiglu", "geglu", "gelu", "attention",
-            "linear_cross_entropy"), or patterns of module paths ("model.layers.0.*").
+        model: any module; heads with their losses are found in models of transformers.
+        only, exclude: names of ops ("rms_norm", "layer_norm", "dropout_add_rms_norm", "dropout_add_layer_norm",
+            "swiglu", "geglu", "gelu", "attention", "linear_cross_entropy"), or patterns of module paths
+            ("model.layers.0.*").
         verify: run the whole model on a few random tokens with and without the new attention. Single modules are
             always proven.
         strict: raise if anything that matched was not replaced; the model is then as before.

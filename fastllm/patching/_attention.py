@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,10 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastllm import ops
+from fastllm.patching._probe import Differs, told
 
 NAME = "fastllm"
 """Of the attention implementation, as `set_attn_implementation` takes it."""
 
+
+CHOICE = "_attn_implementation_internal"
+"""Where a configuration keeps it."""
 
 UNPADDED_ON_CPU = 768
 """Shorter rows are attended to with their padding there: taking it out costs as much as it saves."""
@@ -30,6 +35,19 @@ def register() -> bool:
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, mask)
     return True
+
+
+def _weights_wanted(kwargs: dict[str, Any]) -> bool:
+    """Some models hand the wish on, others only look whether the attention returned weights."""
+    if kwargs.get("output_attentions"):
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    try:
+        from transformers.utils.output_capturing import _active_collector
+    except ImportError:
+        return False
+    return "attentions" in (_active_collector.get() or ())
 
 
 class Sequences(NamedTuple):
@@ -111,7 +129,7 @@ def attention(
     """What transformers calls as an attention function.
 
     Returns (B, Sq, H, DV), and the weights where they are asked for."""
-    if kwargs.get("output_attentions"):
+    if _weights_wanted(kwargs):
         return _with_weights(
             module, query, key, value, attention_mask, dropout, scaling, position_bias, softcap, s_aux, **kwargs
         )
@@ -168,8 +186,11 @@ def dot_product(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """ops.attention, but for dropout on a CPU: only the reference has that, and torch's own attention is faster."""
-    if dropout_p and query.device.type == "cpu" and not softcap and sinks is None:
+    """ops.attention, but for what only its reference does, and torch's own attention faster: dropout on a CPU, and the
+    gradient of a mask."""
+    dropped = dropout_p and query.device.type == "cpu"
+    learned = attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled()
+    if (dropped or learned) and not softcap and sinks is None:
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
@@ -214,19 +235,37 @@ def reason_against(model: Any) -> str | None:
 
 
 def switch(model: Any) -> Callable[[], None]:
-    """Sets the model's attention to NAME; returns what sets it back."""
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
-    for config in list(configs.values()):
-        for name in getattr(config, "sub_configs", {}):
-            inner = getattr(config, name, None)
-            if inner is not None:
-                configs[id(inner)] = inner
-    name = "_attn_implementation_internal"
-    before = [(config, getattr(config, name)) for config in configs.values() if hasattr(config, name)]
-    model.set_attn_implementation(NAME)
+    """Sets the model's attention to NAME; returns what sets it back.
+
+    Models may share a configuration, in which the choice stands: this one gets copies, whose other settings the
+    originals take over in the end."""
+    from transformers import PreTrainedConfig
+
+    holders = [
+        (m, name, value)
+        for m in model.modules()
+        for name, value in vars(m).items()
+        if isinstance(value, PreTrainedConfig)
+    ]
+    memo: dict[int, Any] = {}  # by id, the copy of each; under its own id, all originals
+    for module, name, config in holders:
+        module.__dict__[name] = copy.deepcopy(config, memo)
+    pairs = [(config, memo[id(config)]) for config in {id(c): c for c in memo.get(id(memo), [])}.values()]
+    pairs = [(original, made) for original, made in pairs if isinstance(original, PreTrainedConfig)]
 
     def undo() -> None:
-        for config, value in before:
-            setattr(config, name, value)
+        originals = {id(made): original for original, made in pairs}
+        for original, made in pairs:
+            chosen = original.__dict__.get(CHOICE)
+            settings = {name: originals.get(id(value), value) for name, value in vars(made).items()}
+            original.__dict__.clear()
+            original.__dict__.update(settings | {CHOICE: chosen})
+        for module, name, config in holders:
+            module.__dict__[name] = config
 
+    try:
+        model.set_attn_implementation(NAME)
+    except Exception as error:
+        undo()
+        raise Differs(f"its attention cannot be set: {told(error)}") from error
     return undo

@@ -26,10 +26,11 @@ class Comparison:
     layers: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def __str__(self) -> str:
+        title = f"largest difference, of the largest value; at most {self.worst:.1e} of it"
         rows = [("loss", self.loss), ("logits", self.logits)]
         rows += [(f"layer {path}", value) for path, value in self.layers.items()]
         rows += [(f"gradient {name}", value) for name, value in self.gradients.items()]
-        return "\n".join(f"{name:<60} {v[0]:.2e} of {v[1]:.2e}" for name, v in rows if v is not None)
+        return "\n".join([title, *(f"{name:<60} {v[0]:.2e} of {v[1]:.2e}" for name, v in rows if v is not None)])
 
     @property
     def worst(self) -> float:
@@ -59,7 +60,13 @@ class _Run:
         finally:
             for handle in handles:
                 handle.remove()
-        self.loss = self.output.get("loss") if isinstance(self.output, Mapping) else self.output
+        if isinstance(self.output, Mapping):
+            self.loss, self.logits = self.output.get("loss"), self.output.get("logits")
+        else:  # a loss is a single number, whatever it is called
+            given = self.output if isinstance(self.output, (tuple, list)) else [self.output]
+            tensors = [x for x in given if isinstance(x, Tensor)]
+            self.loss = next((x for x in tensors if x.numel() == 1), None)
+            self.logits = next((x for x in tensors if x.numel() != 1), None)
         self.grads: dict[str, Tensor] = {}
         if isinstance(self.loss, Tensor) and self.loss.requires_grad:
             named = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -95,7 +102,9 @@ def compare(model: nn.Module, batch: Mapping[str, Any], *, seed: int = 0, **patc
     if not isinstance(model, nn.Module):
         raise TypeError(f"compare: model must be a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(batch, Mapping):
-        raise TypeError(f"compare: batch must be a mapping of the model's arguments, got {type(batch).__name__}")
+        raise TypeError(
+            f"compare: batch must be a mapping of the model's arguments by name, got {type(batch).__name__}"
+        )
     for path, module in model.named_modules():
         if getattr(getattr(module.__dict__.get("forward"), "func", None), "__module__", "").startswith(__package__):
             raise ValueError(f"compare: {path or 'the model'} is patched already; revert() that report first")
@@ -108,9 +117,8 @@ def compare(model: nn.Module, batch: Mapping[str, Any], *, seed: int = 0, **patc
     result = Comparison()
     if isinstance(before.loss, Tensor) and isinstance(after.loss, Tensor):
         result.loss = difference(before.loss, after.loss)
-    logits = [run.output.get("logits") if isinstance(run.output, Mapping) else None for run in (before, after)]
-    if all(isinstance(x, Tensor) for x in logits):
-        result.logits = difference(*logits)  # type: ignore[arg-type]
+    if isinstance(before.logits, Tensor) and isinstance(after.logits, Tensor):
+        result.logits = difference(before.logits, after.logits)
     for path, x in before.layers.items():
         if path in after.layers and after.layers[path].shape == x.shape:
             result.layers[path] = difference(x, after.layers[path])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastllm import backends, ops
 from fastllm.backends import FallbackWarning
 from fastllm.patching._inputs import decoded_length
-from fastllm.patching._probe import Differs, judge, sharded, told
+from fastllm.patching._probe import Differs, hooked, judge, sharded, told
 
 HUGE = 6e4  # a logit that saturates every softcap, and that float16 has
 
@@ -33,6 +33,8 @@ class Head:
 
 def can_defer(module: nn.Module, head: Head) -> bool:
     """Whether this call is one in which the head's product is left to the loss."""
+    if hooked(module):  # whoever looks at the logits, or changes them, gets them
+        return False
     if head.deferred and sharded(module):  # its weight is not whole when the loss is computed
         message = f"fastllm.patch: {type(module).__name__} is sharded by itself: its loss is not fused"
         warnings.warn(message, FallbackWarning, stacklevel=2)

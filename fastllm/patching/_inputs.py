@@ -16,12 +16,18 @@ def vocabulary(model: Any) -> int:
 
 
 def random_inputs(model: Any, device: torch.device) -> dict[str, Tensor]:
-    """What the model's forward takes: tokens, with a decoder's where it has an encoder too; else its own dummies.
+    """What the model's forward takes: tokens, with a decoder's where it has an encoder too, or an image; else its own
+    dummies.
 
     Raises:
         Exception: whatever a model without tokens raises.
     """
     generator = torch.Generator().manual_seed(0)
+    if getattr(model, "main_input_name", "input_ids") == "pixel_values":
+        size = model.config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        shape = 1, model.config.num_channels, height, width
+        return {"pixel_values": torch.randn(shape, generator=generator).to(device)}
     if getattr(model, "main_input_name", "input_ids") != "input_ids":
         return {name: value.to(device) for name, value in model.dummy_inputs.items()}
     size = vocabulary(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -53,7 +54,9 @@ OPS = ("layer_norm", "rms_norm")
 def _eps(module: nn.Module) -> list[float]:
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         return [] if module.eps is None else [module.eps]
-    return [value for value in vars(module).values() if isinstance(value, float) and 0 < value < 1e-1]
+    written = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    values = [*vars(module).values(), *(() if written is None else written.co_consts)]
+    return [value for value in values if isinstance(value, float) and 0 < value < 1e-1]
 
 
 def signature(module: nn.Module) -> tuple:

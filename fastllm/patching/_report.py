@@ -39,6 +39,7 @@ class PatchReport(list):
         super().__init__()
         self.model = model
         self._undo: list[Callable[[], None]] = []
+        self._reverted = False
 
     @property
     def replaced(self) -> list[Entry]:
@@ -81,10 +82,13 @@ class PatchReport(list):
             except PatchError as error:
                 errors.append(error)
         self.clear()
+        self._reverted = True
         if errors:
             raise errors[0]
 
     def __str__(self) -> str:
+        if self._reverted:
+            return f"{type(self.model).__name__}: reverted"
         if not self:
             return f"{type(self.model).__name__}: nothing in it that fastllm knows to replace"
         rows: dict[tuple[str, ...], list[str]] = {}

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastllm import ops
+from fastllm import backends, ops
 from fastllm.patching import _norms, _probe
 from fastllm.patching._probe import Differs
 
@@ -137,7 +137,7 @@ def find(module: nn.Module, only: Residual | None = None) -> Residual:
         with _probe.dropping(module, 0.0):
             _probe.check(module, call(ours), truth, x, call(type(module).forward))
         module.train()
-        with _probe.dropping(module, 1.0), torch.no_grad():
+        with _probe.dropping(module, 1.0), torch.no_grad(), backends.use_backend("reference"):
             theirs, zeros = call(type(module).forward)(x), truth(x.double(), *(p.double() for p in module.parameters()))
             rounding = torch.finfo(theirs.dtype).eps * float(zeros.abs().max())
             _probe.judge("output without its branch", theirs, theirs, zeros, rounding, cancelling=0.0)

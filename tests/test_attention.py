@@ -374,6 +374,7 @@ def test_hostile_arguments():
         ((q, q, q, torch.ones(8, 7)), {}, ValueError, r"broadcast to \(2, 4, 8, 8\), got \(8, 7\)"),
         ((q, q, q, torch.ones(8, 8).int()), {}, TypeError, "attn_mask must be bool or floating"),
         ((q, q, q, 1.0), {}, TypeError, "attn_mask must be a tensor or None, got float"),
+        ((q, q, q), {"window_size": ("a", 1)}, TypeError, "window_size must be an int, got 'a'"),
         ((q, q, q), {"window_size": (-2, 0)}, ValueError, r"at least 0, or -1 for no limit, got \(-2, 0\)"),
         ((q, q, q), {"window_size": 3}, TypeError, r"must be \(left, right\), got 3"),
         ((q, q, q), {"dropout_p": 1.5}, ValueError, "dropout_p must be between 0 and 1, got 1.5"),

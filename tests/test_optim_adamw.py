@@ -575,6 +575,11 @@ def test_bad_arguments(kwargs, match):
         AdamW(parameters(), **kwargs)
 
 
+def test_a_norm_that_is_no_number():
+    with pytest.raises(TypeError, match="AdamW: max_norm must be a number, got 'a'"):
+        AdamW(parameters(), max_norm="a")
+
+
 def test_remainder_of_float16_is_an_error():
     with pytest.raises(ValueError, match=r"for bfloat16 parameters, got torch\.float16"):
         AdamW(parameters(torch.float16), master_weights="remainder")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastllm import backends
 from fastllm.ops import _triton
-from fastllm.ops._arguments import check_dtype, number
+from fastllm.ops._arguments import check_dtype, integer, number
 from fastllm.ops._dropout import check_rate
 
 SCORES = "float dropout_p, float scale, SymInt window_left, SymInt window_right, float softcap, bool bottom_right"
@@ -143,7 +143,7 @@ def check_window(name: str, window_size, is_causal: bool) -> tuple[int, int]:
     """(left, right) with causality taken in; -1 is no limit."""
     if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
         raise TypeError(f"{name}: window_size must be (left, right), got {window_size!r}")
-    left, right = window_size
+    left, right = (integer(name, "window_size", size) for size in window_size)
     if left < -1 or right < -1:
         raise ValueError(f"{name}: window_size must be at least 0, or -1 for no limit, got {tuple(window_size)}")
     return left, 0 if is_causal else right

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastllm.backends import layout as layout_of
 from fastllm.backends import steered
+from fastllm.ops._arguments import number
 from fastllm.ops._sharding import dtensor
 from fastllm.ops.adamw import SPARSE, TABLE_GRAD, grad_norm, has_tables, make_table, step_op, table_step
 from fastllm.optim import _state
@@ -238,7 +239,7 @@ class AdamW(torch.optim.AdamW):
     ) -> None:
         if differentiable:
             raise ValueError("AdamW: differentiable=True needs torch.optim.AdamW: a fused step has no gradient")
-        if max_norm is not None and not max_norm > 0:
+        if max_norm is not None and not number("AdamW", "max_norm", max_norm) > 0:
             raise ValueError(f"AdamW: max_norm must be positive, or None, got {max_norm}")
         if skip_nonfinite and max_norm is None:
             raise ValueError("AdamW: skip_nonfinite needs max_norm (math.inf only measures the norm)")

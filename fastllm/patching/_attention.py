@@ -237,8 +237,8 @@ def reason_against(model: Any) -> str | None:
 def switch(model: Any) -> Callable[[], None]:
     """Sets the model's attention to NAME; returns what sets it back.
 
-    Models may share a configuration, in which the choice stands: this one gets copies, whose other settings the
-    originals take over in the end."""
+    Models may share a configuration, in which the choice stands: this one gets copies, and what is set in them meanwhile
+    the originals take over in the end."""
     from transformers import PreTrainedConfig
 
     holders = [
@@ -251,15 +251,13 @@ def switch(model: Any) -> Callable[[], None]:
     for module, name, config in holders:
         module.__dict__[name] = copy.deepcopy(config, memo)
     pairs = [(config, memo[id(config)]) for config in {id(c): c for c in memo.get(id(memo), [])}.values()]
-    pairs = [(original, made) for original, made in pairs if isinstance(original, PreTrainedConfig)]
+    copies = [(c, made, dict(vars(made))) for c, made in pairs if isinstance(c, PreTrainedConfig)]
 
     def undo() -> None:
-        originals = {id(made): original for original, made in pairs}
-        for original, made in pairs:
-            chosen = original.__dict__.get(CHOICE)
-            settings = {name: originals.get(id(value), value) for name, value in vars(made).items()}
-            original.__dict__.clear()
-            original.__dict__.update(settings | {CHOICE: chosen})
+        for original, made, before in copies:
+            for name, value in vars(made).items():
+                if name != CHOICE and (name not in before or value is not before[name]):
+                    original.__dict__[name] = value
         for module, name, config in holders:
             module.__dict__[name] = config
 

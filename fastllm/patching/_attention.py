@@ -237,8 +237,8 @@ def reason_against(model: Any) -> str | None:
 def switch(model: Any) -> Callable[[], None]:
     """Sets the model's attention to NAME; returns what sets it back.
 
-    Models may share a configuration, in which the choice stands: this one gets copies, and what is set in them meanwhile
-    the originals take over in the end."""
+    Models may share a configuration, in which the choice stands: this one gets copies, and what is set in them
+    meanwhile the originals take over in the end."""
     from transformers import PreTrainedConfig
 
     holders = [

@@ -596,6 +596,58 @@ def test_reference_backend_gives_the_same_bits():
 
 
 @pytest.mark.skipif(_ext.C is None, reason="fastllm was installed without kernels")
+def test_a_forced_reference_is_the_reference(monkeypatch):
+    """The table must not get in the way, or every comparison with the reference compares a kernel with itself."""
+    import fastllm.optim.adamw as module
+
+    params = parameters()
+    optimizer = AdamW(params)
+    set_grads(0, params)
+    optimizer.step()
+    monkeypatch.setattr(module, "table_step", lambda *args: pytest.fail("called"))
+    with fastllm.use_backend("reference"):
+        optimizer.step()
+
+
+@pytest.mark.skipif(_ext.C is None, reason="fastllm was installed without kernels")
+def test_a_table_knows_the_places_of_its_parameters():
+    """Random numbers depend on a parameter's place: the same tensors at other places are another table."""
+
+    def drawn(before):
+        params = [torch.nn.Parameter(torch.ones(64, dtype=torch.bfloat16)) for _ in range(3)]
+        optimizer = AdamW(params, lr=1e-3, stochastic_rounding=True)
+        set_grads(0, params)
+        params[1].grad = None  # the third is at place 2
+        if before:
+            optimizer.step()
+            with torch.no_grad():
+                for p in params:
+                    p.fill_(1.0)
+                for state in optimizer.state.values():
+                    for tensor in state.values():
+                        tensor.zero_()
+        del optimizer.param_groups[0]["params"][1]  # and now at place 1
+        optimizer.step()
+        return [p.detach().clone() for p in params]
+
+    assert_equal(drawn(True), drawn(False))
+
+
+@pytest.mark.skipif(_ext.C is None, reason="fastllm was installed without kernels")
+def test_gradients_that_are_lazily_negated():
+    lists = [[torch.nn.Parameter(torch.ones(8)) for _ in range(2)] for _ in range(2)]
+    lazy, plain = (AdamW(params, lr=0.1) for params in lists)
+    for seed in range(3):
+        for i in range(2):
+            grad = torch.randn(8, generator=torch.Generator().manual_seed(10 * seed + i))
+            lists[0][i].grad = torch._neg_view(grad)
+            lists[1][i].grad = -grad
+        lazy.step()
+        plain.step()
+        assert_equal(*lists)
+
+
+@pytest.mark.skipif(_ext.C is None, reason="fastllm was installed without kernels")
 class TestLayout:
     """What tells the optimizer that its table of addresses is still true."""
 

@@ -118,6 +118,26 @@ def test_copies_and_pickles():
         assert not torch.equal(loss, model(**inputs).loss)
 
 
+def test_a_bias_that_changes_after_the_patch():
+    model, inputs = trained("bart"), batch(tiny_of("bart"))
+    report = patch(model)
+    model.final_logits_bias.copy_(3 * torch.randn_like(model.final_logits_bias))
+    loss = model(**inputs).loss
+    report.revert()
+    torch.testing.assert_close(loss, model(**inputs).loss)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "t5"])
+def test_an_exception_in_a_forward_leaves_the_next_one_right(name):
+    model, inputs = trained(name), batch(tiny_of(name))
+    loss = model(**inputs).loss
+    patch(model)
+    with pytest.raises(IndexError):
+        model(**{**inputs, "labels": inputs["labels"] + 10**6})
+    assert model.eval()(**inputs).logits is not None
+    torch.testing.assert_close(model.train()(**inputs).loss, loss)
+
+
 def test_compile_breaks_the_graph_nowhere_new():
     model, inputs = trained("bert"), batch(tiny_of("bert"))
     before = torch._dynamo.explain(model)(**inputs).graph_break_count
@@ -130,11 +150,11 @@ def test_compile_breaks_the_graph_nowhere_new():
 
 
 class TestPromise:
-    def promise(self, shift=False):
+    def promise(self):
         module = nn.Linear(8, 11)
         hidden = torch.randn(2, 5, 8, requires_grad=True)
         like = torch.empty(2, 5, 11, device="meta")
-        return module, hidden, Logits.promise(like, hidden, module, shift)
+        return module, hidden, Logits.promise(like, hidden, module)
 
     def test_has_shape_dtype_and_device(self):
         _, hidden, logits = self.promise()
@@ -142,14 +162,15 @@ class TestPromise:
         assert logits.device == hidden.device
         assert logits.size(-1) == 11
         assert logits.float().bfloat16().dtype == torch.bfloat16
-        assert logits.view(-1, 11).contiguous()[:3].shape == (3, 11)
+        assert logits.view(-1, 11).contiguous().shape == (10, 11)
+        assert logits[:, :-1].reshape(-1, 11).shape == logits[..., :-1, :].reshape(-1, 11).shape == (8, 11)
 
     @pytest.mark.parametrize(
         "kwargs", [{}, {"ignore_index": 3}, {"reduction": "none"}, {"label_smoothing": 0.1}], ids=str
     )
     @pytest.mark.parametrize("shift", [False, True])
     def test_loss_and_gradients(self, shift, kwargs):
-        module, hidden, logits = self.promise(shift)
+        module, hidden, logits = self.promise()
         target = torch.randint(11, (8 if shift else 10,))
 
         def taken(logits):
@@ -159,6 +180,16 @@ class TestPromise:
 
         torch.testing.assert_close(taken(logits), taken(module(hidden)))
         assert taken(logits)[0].shape == taken(module(hidden))[0].shape
+
+    def test_a_bias_may_be_added(self):
+        module, hidden, logits = self.promise()
+        target, bias = torch.randint(11, (10,)), torch.randn(1, 11, requires_grad=True)
+
+        def taken(logits):
+            loss = F.cross_entropy((logits + bias).view(-1, 11), target)
+            return [loss, *torch.autograd.grad(loss, (hidden, module.weight, module.bias, bias))]
+
+        torch.testing.assert_close(taken(logits), taken(module(hidden)))
 
     def test_modules_of_torch_take_it(self):
         module, hidden, logits = self.promise()
@@ -173,9 +204,15 @@ class TestPromise:
             lambda x: x.numpy(),
             lambda x: F.cross_entropy(x.transpose(1, 2), torch.zeros(2, 5, dtype=torch.long)),
             lambda x: F.cross_entropy(x[:, 1:].reshape(-1, 11), torch.zeros(8, dtype=torch.long)),
+            lambda x: x * 2,
+            lambda x: x + 1,
+            lambda x: x + torch.zeros(5, 11),
+            lambda x: x.flip(1),
+            lambda x: x.masked_fill(torch.zeros(2, 5, 11, dtype=torch.bool), 0.0),
+            lambda x: x.logsumexp(-1),
             lambda x: F.cross_entropy(x.view(-1, 11), torch.zeros(10, dtype=torch.long), size_average=True),
         ],
-        ids=["float", "numpy", "transposed", "other rows", "legacy"],
+        ids=["float", "numpy", "transposed", "other rows", *["times", "plus", "rows", "flip", "fill", "lse", "legacy"]],
     )
     def test_what_it_cannot_be_used_for_says_so(self, use):
         with pytest.raises(NotImplementedError, match="output_logits=True"):

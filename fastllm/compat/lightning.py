@@ -27,6 +27,9 @@ class PatchCallback(Callback):
         # The module's own forward belongs to Lightning; models of transformers in it are found as they are.
         self.reports = [patch(child, **self.kwargs) for child in pl_module.children()]
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.on_fit_end(trainer, pl_module)
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         while self.reports:
             self.reports.pop().revert()

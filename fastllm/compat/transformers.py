@@ -28,6 +28,7 @@ class PatchCallback(TrainerCallback):
         self.report: PatchReport | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.on_train_end(args, state, control)  # of a training that did not come to its end
         self.report = patch(model, **self.kwargs)
         if state.is_world_process_zero:
             print(self.report)

@@ -434,8 +434,12 @@ class AdamW(torch.optim.AdamW):
         first = batch.indices[0]
         table = self._tables.get(first)
         if table is None or table.layout != layout or table.indices != batch.indices:
+            if any(map(Tensor.is_neg, batch.grads)):  # their memory holds the negative
+                return None
             rows = make_table(*lists, batch.indices, table is None)
             table = self._tables[first] = _Table(rows, batch.indices, layout, grads)
+        elif table.grads != grads and any(map(Tensor.is_neg, batch.grads)):
+            return None
         elif table.grads != grads and len(table.rows):
             table.rows[:, TABLE_GRAD] = torch.frombuffer(bytearray(grads), dtype=torch.int64)
             self._tables[first] = table._replace(grads=grads)
@@ -488,5 +492,8 @@ class AdamW(torch.optim.AdamW):
         if table is not None:
             table_step(batch.tensors[0], table, *on, steps_apart, *hyper)
         else:
+            for i, grad in enumerate(batch.grads):
+                if grad.is_neg():  # its memory holds the negative, which the dispatcher does not undo in lists
+                    batch.grads[i] = batch.params[i].grad = grad.resolve_neg()
             step_op(*lists, *on, batch.indices, *hyper)
         torch.autograd.graph.increment_version(batch.tensors)

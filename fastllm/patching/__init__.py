@@ -27,7 +27,7 @@ from fastllm.patching import (
     _residual,
 )
 from fastllm.patching._compare import Comparison, compare, difference
-from fastllm.patching._inputs import random_inputs
+from fastllm.patching._inputs import decoded_length, random_inputs
 from fastllm.patching._probe import Differs
 from fastllm.patching._report import Entry, PatchError, PatchReport
 from fastllm.testing import sample
@@ -105,11 +105,15 @@ def patch(
     wanted = _Choice(only, exclude)
     wanted.check(model)
     report = PatchReport(model)
-    with _probe.quiet(model):
-        _patch_modules(report, model, wanted)
-        if hasattr(model, "config") and hasattr(model, "set_attn_implementation"):
-            _patch_attention(report, model, wanted, verify)
-            _patch_head(report, model, wanted)
+    try:
+        with _probe.quiet(model):
+            _patch_modules(report, model, wanted)
+            if hasattr(model, "config") and hasattr(model, "set_attn_implementation"):
+                _patch_attention(report, model, wanted, verify)
+                _patch_head(report, model, wanted)
+    except BaseException:
+        report.revert()
+        raise
     if strict and report.left:
         message = f"patch: not everything that matched was replaced:\n{report}"
         report.revert()
@@ -152,7 +156,7 @@ def _patch_modules(report: PatchReport, model: nn.Module, wanted: _Choice) -> No
         for kind in kinds:
             if not kind.matches(module) or not any(wanted(path, op) for op in kind.OPS) or (inside and kind is _norms):
                 continue
-            key = (kind, *kind.signature(module))
+            key = kind, _probe.signature(module)
             if key not in known:
                 known[key] = _found(kind, module)
             found, was = known[key], type(module).__name__
@@ -174,13 +178,12 @@ def _patch_modules(report: PatchReport, model: nn.Module, wanted: _Choice) -> No
 
 
 def _found(kind: ModuleType, module: nn.Module) -> Any:
-    module = _probe.with_values(module)
     try:
-        short = any(p.dtype in (torch.bfloat16, torch.float16) for p in module.parameters())
-        module = _probe.whole(module)
+        made = _probe.trial(module)
+        short = any(p.dtype in (torch.bfloat16, torch.float16) for p in made.parameters())
         # What it is shows in float32 only: to 16 bits, one activation looks much like another.
-        known = kind.find(copy.deepcopy(module).float()) if short else None
-        return kind.find(module, known)
+        known = kind.find(copy.deepcopy(made).float()) if short else None
+        return kind.find(made, known)
     except Differs as differs:
         return differs
     except Exception as error:  # a module may be run in its model only
@@ -190,7 +193,7 @@ def _found(kind: ModuleType, module: nn.Module) -> Any:
 def _patch_gelu(
     report: PatchReport, path: str, module: nn.Module, known: dict, dtype: torch.dtype, device: torch.device
 ) -> None:
-    key = type(module), str(vars(module))
+    key = None, _probe.signature(module)
     if key not in known:
         try:
             for checked in {torch.float32, dtype}:
@@ -225,7 +228,7 @@ def _switched(model: Any, device: torch.device, dtype: torch.dtype, verify: bool
     reason = _attention.reason_against(model)
     if reason is not None:
         raise Differs(reason)
-    inputs = before = None
+    inputs, before = None, {}
     if verify:
         try:
             inputs = random_inputs(model, device)
@@ -245,7 +248,7 @@ def _switched(model: Any, device: torch.device, dtype: torch.dtype, verify: bool
     return undo
 
 
-def _outputs(model: Any, inputs: Any) -> list[Tensor]:
+def _outputs(model: Any, inputs: Any) -> dict[str, Tensor | None]:
     """Logits or hidden states, and the gradient of a parameter behind the whole model."""
     model.eval()
     with torch.enable_grad(), _probe.grads_kept(model):
@@ -258,14 +261,48 @@ def _outputs(model: Any, inputs: Any) -> list[Tensor]:
         else:
             leaf = next((p for p in model.parameters() if p.requires_grad), None)
             grads = [] if leaf is None else list(torch.autograd.grad(out, leaf, cotangent, allow_unused=True))
-    return [out.detach(), *(grad for grad in grads if grad is not None)][:2]
+    return {"output": out.detach(), "gradient": next((grad for grad in grads if grad is not None), None)}
 
 
-def _difference(before: Any, after: list[Tensor], dtype: torch.dtype) -> str | None:
-    for what, a, b in zip(("output", "gradient"), before, after, strict=False):
-        worst, largest = difference(a, b)
-        if not worst <= 1000 * torch.finfo(dtype).eps ** (1.0 if dtype == torch.float32 else 1.5) * largest:
-            return f"the {what} of the whole model differs by {worst:.1e} where the largest is {largest:.1e}"
+SMALL = 2**20
+"""Elements of parameters whose gradients are compared; of the others one is, and the head's."""
+
+
+def _trained(model: Any, head: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor | None]:
+    """The loss of the model in training and its gradients, with the same dropout each time."""
+    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    chosen = {
+        name: p for i, (name, p) in enumerate(weights.items()) if i == 0 or p.numel() <= SMALL or p is head.weight
+    }
+    labels = torch.arange(decoded_length(inputs))[None].to(head.weight.device) % head.weight.shape[0]
+    buffers = [(b, b.clone()) for b in model.buffers()]
+    model.train()
+    try:
+        torch.manual_seed(0)
+        with torch.enable_grad():
+            loss = model(**inputs, labels=labels).loss
+            grads = torch.autograd.grad(loss, list(chosen.values()), allow_unused=True) if chosen else ()
+    finally:
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+    return {"loss": loss.detach(), **dict(zip(chosen, grads, strict=True))}
+
+
+def _difference(before: dict[str, Tensor | None], after: dict[str, Tensor | None], dtype: torch.dtype) -> str | None:
+    """What differs by more than roundings, of a whole model; gradients by those of the largest of them."""
+    largest = max((float(x.abs().max()) for n, x in before.items() if n != "loss" and x is not None), default=0.0)
+    for name, a in before.items():
+        b = after[name]
+        if a is None or b is None:
+            if (a is None) != (b is None):
+                return f"the gradient of {name} is {'missing' if b is None else 'new'}"
+            continue
+        worst, own = difference(a, b)
+        eps = torch.finfo(dtype).eps ** (1.0 if dtype == torch.float32 else 1.5)
+        if not worst <= 1000 * eps * max(own, 0.1 * largest):
+            what = name if name in ("loss", "output", "gradient") else f"gradient of {name}"
+            return f"the {what} of the whole model differs by {worst:.1e} where the largest is {own:.1e}"
     return None
 
 
@@ -286,9 +323,19 @@ def _patch_head(report: PatchReport, model: Any, wanted: _Choice) -> None:
         head, install = _head.find(model, module, inputs), _head.install
         if head is None:
             head, install = _own_loss.find(model, module, inputs), _own_loss.install
+        before = _trained(model, module, inputs)
+        made = PatchReport(model)
+        install(made, model, head)
+        try:
+            reason = _difference(before, _trained(model, module, inputs), dtype)
+        except Exception as error:
+            reason = f"its loss cannot be run: {_probe.told(error)}"
+        if reason is not None:
+            made.revert()
+            raise Differs(reason)
+        report.on_revert(made.revert)
     except Exception as error:
         said = str(error) if isinstance(error, Differs) else f"it cannot be run on random inputs: {_probe.told(error)}"
         report.append(Entry(path, was, reason=said))
         return
-    install(report, model, head)
     report.append(Entry(path, was, "linear_cross_entropy", _backend("linear_cross_entropy", device, dtype)))

@@ -68,7 +68,7 @@ def mask(**kwargs: Any) -> Tensor | None:
     from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
     made, tokens, function = sdpa_mask(**kwargs), kwargs.get("attention_mask"), kwargs.get("mask_function")
-    if made is None or tokens is None or tokens.dim() != 2 or torch.compiler.is_compiling():
+    if made is None or tokens is None or tokens.dim() != 2 or torch.compiler.is_compiling() or made.is_inference():
         return made
     square = kwargs["q_length"] == kwargs["kv_length"] == tokens.shape[1]
     if square and function in (causal_mask_function, bidirectional_mask_function):
@@ -87,7 +87,7 @@ def mask(**kwargs: Any) -> Tensor | None:
 def _sequences(mask: Tensor | None, cu_seq: Tensor | None, window: int | None) -> Sequences | None:
     """What is known of a mask. Of packed documents it is found out, once for each mask: it must be no other than that
     of `cu_seq`."""
-    if mask is None or torch.compiler.is_compiling():
+    if mask is None or torch.compiler.is_compiling() or mask.is_inference():  # which have no versions
         return None
     if not hasattr(mask, "sequences"):
         found = None
@@ -218,7 +218,7 @@ def _with_weights(module, query, key, value, mask, dropout, scaling, position_bi
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
     elif mask is None and query.shape[2] > 1 and getattr(module, "is_causal", True):
         mask = torch.full((query.shape[2], key.shape[2]), torch.finfo(query.dtype).min, device=query.device)
-        mask = mask.to(query.dtype).triu(1 + key.shape[2] - query.shape[2])
+        mask = mask.to(query.dtype).triu(1)  # the queries are the first positions, as above
     optional = {"position_bias": position_bias, "softcap": softcap, "s_aux": sinks}
     kwargs |= {name: value for name, value in optional.items() if value is not None}
     return eager(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
@@ -256,7 +256,7 @@ def switch(model: Any) -> Callable[[], None]:
     def undo() -> None:
         for original, made, before in copies:
             for name, value in vars(made).items():
-                if name != CHOICE and (name not in before or value is not before[name]):
+                if (name != CHOICE or value != NAME) and (name not in before or value is not before[name]):
                     original.__dict__[name] = value
         for module, name, config in holders:
             module.__dict__[name] = config

@@ -30,11 +30,6 @@ def _calls(code: CodeType) -> bool:
     return "scaled_dot_product_attention" in code.co_names or any(map(_calls, inner))
 
 
-def signature(module: nn.Module) -> tuple:
-    plain = tuple((k, v) for k, v in vars(module).items() if isinstance(v, (int, float, bool, str)) and k != "training")
-    return type(module), _probe.parameters_of(module), str(module), plain
-
-
 class _Instead(TorchFunctionMode):
     """`function` for scaled_dot_product_attention, with the same arguments, in this thread and block."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,11 +40,14 @@ class Comparison:
         least = 1e-3 * max((largest for _, largest in self.gradients.values()), default=0.0)
         pairs = [pair for pair in (self.loss, self.logits, *self.layers.values()) if pair is not None]
         pairs += [(difference, max(largest, least)) for difference, largest in self.gradients.values()]
-        return max((difference / (largest or 1.0) for difference, largest in pairs), default=0.0)
+        relative = [difference / (largest or 1.0) for difference, largest in pairs]
+        return math.nan if any(map(math.isnan, relative)) else max(relative, default=0.0)
 
 
 def difference(a: Tensor, b: Tensor) -> tuple[float, float]:
-    """The largest difference, and the largest absolute value of `a`."""
+    """The largest difference (infinite for another shape), and the largest absolute value of `a`."""
+    if a.shape != b.shape:
+        return math.inf, float(a.detach().abs().max()) if a.numel() else 0.0
     a, b = a.detach().double(), b.detach().double()
     return float((a - b).abs().max()) if a.numel() else 0.0, float(a.abs().max()) if a.numel() else 0.0
 
@@ -120,8 +124,10 @@ def compare(model: nn.Module, batch: Mapping[str, Any], *, seed: int = 0, **patc
     if isinstance(before.logits, Tensor) and isinstance(after.logits, Tensor):
         result.logits = difference(before.logits, after.logits)
     for path, x in before.layers.items():
-        if path in after.layers and after.layers[path].shape == x.shape:
+        if path in after.layers:
             result.layers[path] = difference(x, after.layers[path])
-    for name, grad in before.grads.items():
-        result.gradients[name] = difference(grad, after.grads.get(name, torch.zeros_like(grad)))
+    for name in before.grads | after.grads:
+        given = [run.grads.get(name) for run in (before, after)]
+        like = next(grad for grad in given if grad is not None)
+        result.gradients[name] = difference(*(torch.zeros_like(like) if grad is None else grad for grad in given))
     return result

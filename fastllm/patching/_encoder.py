@@ -18,10 +18,6 @@ def matches(module: nn.Module) -> bool:
     return type(module) is nn.TransformerEncoderLayer
 
 
-def signature(module: nn.Module) -> tuple:
-    return type(module), _probe.parameters_of(module), str(module), module.norm_first, str(module.activation)
-
-
 def forward(
     module: nn.TransformerEncoderLayer,
     src: Tensor,

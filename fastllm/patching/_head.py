@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import math
@@ -17,6 +18,7 @@ from fastllm import backends, ops
 from fastllm.backends import FallbackWarning
 from fastllm.patching._inputs import decoded_length
 from fastllm.patching._probe import Differs, hooked, judge, sharded, told
+from fastllm.patching._report import PatchError
 
 HUGE = 6e4  # a logit that saturates every softcap, and that float16 has
 
@@ -33,13 +35,39 @@ class Head:
 
 def can_defer(module: nn.Module, head: Head) -> bool:
     """Whether this call is one in which the head's product is left to the loss."""
-    if hooked(module):  # whoever looks at the logits, or changes them, gets them
+    if not head.deferred or hooked(module):  # whoever looks at the logits, or changes them, gets them
         return False
-    if head.deferred and sharded(module):  # its weight is not whole when the loss is computed
-        message = f"fastllm.patch: {type(module).__name__} is sharded by itself: its loss is not fused"
+    reason = None
+    if sharded(module):
+        reason = "is sharded by itself, and its weight not whole when the loss is computed"
+    elif not is_linear(module):
+        reason = "has other parameters than when it was patched"
+    if reason is not None:
+        message = f"fastllm.patch: {type(module).__name__} {reason}: its loss is not fused"
         warnings.warn(message, FallbackWarning, stacklevel=2)
+    return reason is None
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether weight and bias are all that it has."""
+    return {name for name, _ in module.named_parameters()} <= {"weight", "bias"}
+
+
+def in_place(model: Any) -> bool:
+    """Whether the model's head is still the one that was patched. (Its embeddings may have been resized, say.)"""
+    forward = getattr(model.get_output_embeddings(), "__dict__", {}).get("forward")
+    if isinstance(forward, functools.partial):
+        return True
+    message = f"fastllm.patch: {type(model).__name__} has another head than when it was patched: its loss is not fused"
+    warnings.warn(message, FallbackWarning, stacklevel=2)
+    return False
+
+
+def wants_no_logits(model: Any, output_logits: bool, kwargs: dict[str, Any]) -> bool:
+    """Whether this call of the model's forward is one in training, with labels, that can do without."""
+    if not model.training or output_logits or kwargs.get("labels") is None or kwargs.get("return_dict") is False:
         return False
-    return head.deferred
+    return getattr(model.config, "return_dict", True) and in_place(model)
 
 
 def head_forward(module: nn.Module, head: Head, hidden: Tensor) -> Tensor:
@@ -87,20 +115,24 @@ def loss_function(
         return original(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
     hidden, head.hidden = head.hidden, None
     known = ("num_items_in_batch", "ignore_index", "shift_labels")
-    return fused_loss(
-        head, hidden, model.get_output_embeddings(), labels, **{k: v for k, v in kwargs.items() if k in known}
-    )
+    module = model.get_output_embeddings()
+    asked = {name for name, value in kwargs.items() if value is not None} - set(known)
+    if asked and not getattr(original, "__module__", "").startswith("transformers."):  # whose losses ignore the rest
+        logits = type(module).forward(module, hidden) * head.scale
+        if head.softcap:
+            logits = head.softcap * torch.tanh(logits / head.softcap)
+        return original(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+    return fused_loss(head, hidden, module, labels, **{k: v for k, v in kwargs.items() if k in known})
 
 
 def model_forward(model: Any, head: Head, *args: Any, output_logits: bool = False, **kwargs: Any) -> Any:
     """The model's forward. In training, with labels, its logits are None, unless `output_logits=True` asks for them."""
-    original = type(model).forward
-    plain = not model.training or output_logits or kwargs.get("labels") is None
-    if plain or kwargs.get("return_dict") is False or not getattr(model.config, "return_dict", True):
-        return original(model, *args, **kwargs)
+    ours = getattr(model.__dict__.get("_loss_function"), "func", None) is loss_function  # and not set since by others
+    if not ours or not wants_no_logits(model, output_logits, kwargs):
+        return type(model).forward(model, *args, **kwargs)
     head.deferred = True
     try:
-        output = original(model, *args, **kwargs)
+        output = type(model).forward(model, *args, **kwargs)
     finally:
         head.deferred, head.hidden = False, None
     return type(output)(**{key: value for key, value in output.items() if key != "logits"})
@@ -112,6 +144,10 @@ def _set_loss(model: Any, function: Callable) -> Callable[[], None]:
     model.loss_function = function
 
     def undo() -> None:
+        if model.__dict__.get("_loss_function") is not function:
+            raise PatchError(
+                f"revert: the loss_function of a {type(model).__name__} was set by somebody else meanwhile"
+            )
         if before is None:
             model.__dict__.pop("_loss_function", None)
         else:
@@ -147,6 +183,8 @@ def find(model: Any, module: Any, inputs: dict[str, Tensor]) -> Head | None:
         raise Differs("it has no linear output embeddings")
     if "forward" in module.__dict__:
         raise Differs("the forward of its head was replaced already")
+    if not is_linear(module):
+        raise Differs("it has more parameters than a weight and a bias")
     if sharded(model):
         raise Differs("the model is sharded already, and its head cannot be tried: patch it before fully_shard")
     if not weight.dtype.is_floating_point:
@@ -178,7 +216,9 @@ def find(model: Any, module: Any, inputs: dict[str, Tensor]) -> Head | None:
     for shift in (True, False):
         head = Head(_plain(scale, eps), _plain(softcap, eps), shift)
         try:
-            _check_loss(model, module, head)
+            # In 16 bits the loss of a position looks much like that of another.
+            for tried in (module,) if weight.dtype == torch.float32 else (copy.deepcopy(module).float(), module):
+                _check_loss(model, tried, head)
         except Differs as differs:
             reason = reason or differs
         else:

@@ -6,7 +6,7 @@ import functools
 import inspect
 import itertools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,9 +32,11 @@ def gated(activation: str, gate: Tensor, up: Tensor | None) -> Tensor:
     return ops.geglu(gate, up, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
-def forward(module: nn.Module, kind: Gated, x: Tensor) -> Tensor:
-    if any(_probe.hooked(child) for name, child in module.named_children() if name not in kind):
-        return type(module).forward(module, x)  # whoever looks at the activation wants it called
+def forward(module: nn.Module, kind: Gated, *args: Any, **kwargs: Any) -> Tensor:
+    watched = any(_probe.hooked(child) for name, child in module.named_children() if name not in kind)
+    if watched or len(args) + len(kwargs) != 1:  # whoever looks at the activation wants it called
+        return type(module).forward(module, *args, **kwargs)
+    (x,) = (*args, *kwargs.values())
     up = None if kind.up is None else getattr(module, kind.up)(x)
     return getattr(module, kind.down)(gated(kind.activation, getattr(module, kind.gate)(x), up))
 
@@ -68,12 +70,6 @@ OPS = ("swiglu", "geglu")
 def matches(module: nn.Module) -> bool:
     layouts = _layouts(module)
     return bool(layouts) and _activates(module, {name for layout in layouts for name in layout if name is not None})
-
-
-def signature(module: nn.Module) -> tuple:
-    children = tuple((name, type(child), str(child)) for name, child in module.named_children())
-    plain = tuple((k, v) for k, v in vars(module).items() if isinstance(v, (int, float, str)) and k != "training")
-    return type(module), _probe.parameters_of(module), children, plain
 
 
 def find(module: nn.Module, only: Gated | None = None) -> Gated:
@@ -113,7 +109,8 @@ def find(module: nn.Module, only: Gated | None = None) -> Gated:
             up = None if kind.up is None else project(kind.up, x)
             return project(kind.down, gated(activation, project(kind.gate, x), up))
 
-        _probe.check(module, lambda x: forward(module, kind, x), truth, x)
+        for scale in (1, 10):  # and where somebody might clamp
+            _probe.check(module, functools.partial(forward, module, kind), truth, x * scale)
 
     candidates = list(itertools.product(layouts, ("silu", "gelu_tanh", "gelu")))
     if only is not None:
@@ -144,5 +141,6 @@ def may_be_gelu(module: nn.Module) -> bool:
 
 def check_gelu(module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
     """Raises Differs unless the module is GELU in its tanh form."""
-    x = torch.linspace(-6, 6, 257).to(device, dtype)
-    _probe.check(module, lambda x: F.gelu(x, approximate="tanh"), lambda x: F.gelu(x, approximate="tanh"), x)
+    for x in (torch.linspace(-6, 6, 257), torch.tensor([-1e4, -100, -30, -10, 10, 30, 100, 1e4])):
+        gelu = functools.partial(F.gelu, approximate="tanh")
+        _probe.check(module, gelu, gelu, x.to(device, dtype))

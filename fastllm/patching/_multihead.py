@@ -21,11 +21,6 @@ def matches(module: nn.Module) -> bool:
     return type(module) is nn.MultiheadAttention
 
 
-def signature(module: nn.Module) -> tuple:
-    plain = tuple((k, v) for k, v in vars(module).items() if isinstance(v, (int, float, bool)) and k != "training")
-    return type(module), _probe.parameters_of(module), plain
-
-
 def forward(
     module: nn.MultiheadAttention,
     query: Tensor,
@@ -37,8 +32,15 @@ def forward(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """torch's; so are the calls that ask for weights, which no fused attention has, and those that are not batched."""
-    if need_weights or query.dim() != 3 or query.is_nested or (is_causal and attn_mask is None):
+    """torch's; so are calls that ask for weights, which no fused attention has, that are not batched, and those
+    with masks that torch refuses."""
+    odd = any(m is not None and m.dtype not in (torch.bool, query.dtype) for m in (key_padding_mask, attn_mask))
+    if attn_mask is not None:
+        rows = query.shape[0], key.shape[0]
+        if module.batch_first and query.dim() == 3:
+            rows = query.shape[1], key.shape[1]
+        odd |= tuple(attn_mask.shape[-2:]) != rows
+    if odd or need_weights or query.dim() != 3 or query.is_nested or (is_causal and attn_mask is None):
         return type(module).forward(
             module, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +34,11 @@ def norm(kind: Norm, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     return y.to(torch.promote_types(x.dtype, weight.dtype)) if kind.widened else y
 
 
-def forward(module: nn.Module, kind: Norm, names: tuple[str, ...], x: Tensor) -> Tensor:
+def forward(module: nn.Module, kind: Norm, names: tuple[str, ...], *args: Any, **kwargs: Any) -> Tensor:
     """The forward of a patched module; its parameters are looked up, for others may exchange them."""
+    if len(args) + len(kwargs) != 1:  # a gate, say, which was not tried
+        return type(module).forward(module, *args, **kwargs)
+    (x,) = (*args, *kwargs.values())
     return norm(kind, x, *(getattr(module, name) for name in names))
 
 
@@ -57,11 +60,6 @@ def _eps(module: nn.Module) -> list[float]:
     written = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     values = [*vars(module).values(), *(() if written is None else written.co_consts)]
     return [value for value in values if isinstance(value, float) and 0 < value < 1e-1]
-
-
-def signature(module: nn.Module) -> tuple:
-    """Modules of one signature are probed once."""
-    return type(module), _probe.parameters_of(module), tuple(_eps(module))
 
 
 def find(module: nn.Module, only: tuple | None = None) -> tuple[Norm, tuple[str, ...]]:

@@ -11,6 +11,7 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,9 +40,22 @@ def told(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error)[:100]}"
 
 
-def parameters_of(module: nn.Module) -> tuple:
-    """What modules of one signature have in common of their parameters: all but the values."""
-    return tuple((n, tuple(p.shape), p.dtype, p.device, p.requires_grad) for n, p in module.named_parameters())
+def signature(module: nn.Module) -> tuple:
+    """Modules of one signature compute the same but for the values of parameters and buffers: one is tried for all."""
+    found: list[Any] = []
+    for path, m in module.named_modules():
+        found += [path, type(m)]
+        for name, tensor in (*m._parameters.items(), *m._buffers.items()):
+            described = tensor is not None and (tuple(tensor.shape), tensor.dtype, tensor.device, tensor.requires_grad)
+            found.append((name, described))
+        for name, value in vars(m).items():
+            if name != "training" and name not in _INTERNAL:
+                found.append((name, repr(value) if isinstance(value, _PLAIN) else id(value)))
+    return tuple(found)
+
+
+_INTERNAL = vars(nn.Module()).keys() | {"forward"}
+_PLAIN = (int, float, str, type(None), torch.dtype, torch.device, torch.Size)
 
 
 def sizes(module: nn.Module) -> tuple[int, int] | None:
@@ -70,17 +84,24 @@ def grads_kept(module: nn.Module) -> Iterator[None]:
             p.grad = grad
 
 
-def whole(module: nn.Module) -> nn.Module:
-    """The module, or if it has DTensors a copy with all of each, which every rank makes."""
-    if not any(isinstance(p, dtensor()) for p in module.parameters()):
-        return module
-    module = copy.deepcopy(module)
-    for m in module.modules():
+def trial(module: nn.Module) -> nn.Module:
+    """A copy to be tried: with all of each DTensor, which every rank makes; on the CPU if it is on the meta device; and
+    with parameters off the zeros and ones of an initialization, which hide what is done with them."""
+    made = copy.deepcopy(module)
+    if any(tensor.is_meta for tensor in (*made.parameters(), *made.buffers())):
+        made = made.to_empty(device="cpu")
+        for tensor in (*made.parameters(), *made.buffers()):
+            tensor.detach().zero_()
+    generator = torch.Generator().manual_seed(0)
+    for m in made.modules():
         for name, p in list(m.named_parameters(recurse=False)):
             if isinstance(p, dtensor()):
-                full = p.full_tensor().detach()  # type: ignore[attr-defined]
-                m.register_parameter(name, nn.Parameter(full, p.requires_grad))
-    return module
+                m.register_parameter(name, nn.Parameter(p.full_tensor().detach()))  # type: ignore[attr-defined]
+    for p in made.parameters():
+        if p.dtype.is_floating_point:
+            p.detach().add_(torch.randn(p.shape, generator=generator).to(p.device, p.dtype) / 8)
+            p.requires_grad_()
+    return made
 
 
 def hooked(module: nn.Module) -> bool:
@@ -88,18 +109,6 @@ def hooked(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
-
-
-def with_values(module: nn.Module) -> nn.Module:
-    """The module; if it is on the meta device, where nothing is computed, a copy on the CPU with random values."""
-    if not any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
-        return module
-    made = copy.deepcopy(module).to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for tensor in (*made.parameters(), *made.buffers()):
-            tensor.copy_(torch.randn(tensor.shape, generator=generator) / 8)
-    return made
 
 
 @contextlib.contextmanager

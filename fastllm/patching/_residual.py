@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -49,10 +49,11 @@ def dropout_add_norm(
     return y.to(torch.promote_types(y.dtype, weight.dtype)) if kind.widened else y
 
 
-def forward(module: nn.Module, found: Residual, a: Tensor, b: Tensor) -> Tensor:
+def forward(module: nn.Module, found: Residual, *args: Any, **kwargs: Any) -> Tensor:
     dropout, norm = getattr(module, found.dropout), getattr(module, found.norm)
-    if _probe.hooked(dropout) or _probe.hooked(norm):  # whoever looks at them wants them called
-        return type(module).forward(module, a, b)
+    if kwargs or _probe.hooked(dropout) or _probe.hooked(norm):  # whoever looks at them wants them called
+        return type(module).forward(module, *args, **kwargs)
+    a, b = args
     branch, residual = (b, a) if found.first else (a, b)
     if found.projection is not None:
         branch = getattr(module, found.projection)(branch)
@@ -85,11 +86,6 @@ def matches(module: nn.Module) -> bool:
     except (TypeError, ValueError):
         return False
     return len(parameters) == 3 and all(p.kind == p.POSITIONAL_OR_KEYWORD for p in parameters)
-
-
-def signature(module: nn.Module) -> tuple:
-    children = tuple((name, type(child), str(child)) for name, child in module.named_children())
-    return type(module), _probe.parameters_of(module), children
 
 
 def find(module: nn.Module, only: Residual | None = None) -> Residual:

@@ -291,7 +291,7 @@ def _trained(model: Any, head: Any, inputs: dict[str, Tensor]) -> dict[str, Tens
 
 def _difference(before: dict[str, Tensor | None], after: dict[str, Tensor | None], dtype: torch.dtype) -> str | None:
     """What differs by more than roundings, of a whole model; gradients by those of the largest of them."""
-    largest = max((float(x.abs().max()) for n, x in before.items() if n != "loss" and x is not None), default=0.0)
+    largest = max((difference(x, x)[1] for name, x in before.items() if name != "loss" and x is not None), default=0.0)
     for name, a in before.items():
         b = after[name]
         if a is None or b is None:

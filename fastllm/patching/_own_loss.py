@@ -164,6 +164,10 @@ def find(model: Any, module: Any, inputs: dict[str, Tensor]) -> Head:
         del module.__dict__["forward"]
     if len(watch.seen) != 1:
         raise Differs(f"its loss calls cross_entropy {len(watch.seen)} times")
+    seen = watch.seen[0].to(known.dtype)
+    expected = (known if seen.numel() == known.numel() else known[:, :-1]).flatten(0, 1)
+    if seen.shape != expected.shape or not torch.equal(seen, expected):
+        raise Differs("its loss is not that of its head's own logits")
     head = Head()
     module.__dict__["forward"] = functools.partial(head_forward, module, head)
     model.__dict__["forward"] = functools.partial(_deferred, model, head)

@@ -112,6 +112,53 @@ def test_zeros_hide_nothing():
     torch.testing.assert_close(other(x), Feed.forward(other[1], nn.LayerNorm.forward(other[0], x)))
 
 
+class TwoNumbers(RMS):
+    """One of them is eps."""
+
+    def __init__(self):
+        super().__init__(eps=1e-6)
+        self.before = self.after = 1e-2
+
+    def forward(self, x):
+        return super().forward(x)
+
+
+def test_which_number_is_eps():
+    assert [entry.now for entry in same(TwoNumbers(), torch.randn(3, 16) / 300)] == ["rms_norm"]
+
+
+@pytest.mark.parametrize("when", [True, False])
+def test_what_differs_in_one_mode_is_left(when):
+    class Modes(RMS):
+        def forward(self, x):
+            return super().forward(x) * (1.5 if self.training == when else 1.0)
+
+    report = patch(Modes())
+    assert "differs" in report.left[0].reason
+
+
+def test_a_replacement_that_is_worse_than_the_module_is_refused():
+    from fastllm.patching._probe import Differs, judge
+
+    true = torch.ones(4, dtype=torch.float64)
+    eps = torch.finfo(torch.float32).eps
+    stock = true.float()
+    judge("output", stock + 2 * eps, stock, true, eps, cancelling=1.0)
+    with pytest.raises(Differs, match="error"):
+        judge("output", stock + 200 * eps, stock, true, eps, cancelling=1.0)
+    with pytest.raises(Differs, match="differs"):
+        judge("output", stock, stock + 200 * eps, true, eps, cancelling=1.0)
+
+
+def test_hooks_on_an_activation_that_is_no_longer_called():
+    feed, x, seen = Feed(nn.SiLU()), torch.randn(3, 16), []
+    assert patch(feed).replaced
+    expected = feed(x)
+    feed.act.register_forward_hook(lambda *args: seen.append(1))
+    torch.testing.assert_close(feed(x), expected)
+    assert seen == [1]
+
+
 class Gated(RMS):
     def forward(self, x, gate=None):
         return super().forward(x if gate is None else x * F.silu(gate))

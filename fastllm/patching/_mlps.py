@@ -100,14 +100,9 @@ def find(module: nn.Module, only: Gated | None = None) -> Gated:
 
         def truth(x: Tensor, *parameters: Tensor) -> Tensor:
             state = dict(zip(names, parameters, strict=True))
-
-            def project(name: str, x: Tensor) -> Tensor:
-                prefix = f"{name}."
-                own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-                return torch.func.functional_call(getattr(module, name), own, x)
-
-            up = None if kind.up is None else project(kind.up, x)
-            return project(kind.down, gated(activation, project(kind.gate, x), up))
+            gate = _probe.call_child(module, kind.gate, state, x)
+            up = None if kind.up is None else _probe.call_child(module, kind.up, state, x)
+            return _probe.call_child(module, kind.down, state, gated(activation, gate, up))
 
         for scale in (1, 10):  # and where somebody might clamp
             _probe.check(module, functools.partial(forward, module, kind), truth, x * scale)

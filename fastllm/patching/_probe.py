@@ -124,6 +124,13 @@ def quiet(module: nn.Module) -> Iterator[None]:
                 m.training = mode
 
 
+def call_child(module: nn.Module, name: str, state: dict[str, Tensor], x: Tensor) -> Tensor:
+    """module.<name>(x) with parameters from `state`, which has those of the whole module."""
+    prefix = f"{name}."
+    own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    return torch.func.functional_call(getattr(module, name), own, x)
+
+
 @contextlib.contextmanager
 def dropping(module: nn.Module, p: float) -> Iterator[None]:
     """Every dropout in it has this probability: at 0 and 1 nothing is random."""

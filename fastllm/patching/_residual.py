@@ -120,9 +120,7 @@ def find(module: nn.Module, only: Residual | None = None) -> Residual:
             state = dict(zip(own, parameters, strict=True))
             branch, residual = reversed(x.split(sizes, -1)) if first else x.split(sizes, -1)
             if projection is not None:
-                prefix = f"{projection}."
-                ours = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-                branch = torch.func.functional_call(getattr(module, projection), ours, branch)
+                branch = _probe.call_child(module, projection, state, branch)
             training, p = getattr(module, dropout).training, getattr(module, dropout).p
             branch = torch.dropout(branch, p, training)
             return _norms.norm(kind, branch + residual, *(state[f"{norm}.{name}"] for name in names))

@@ -264,7 +264,7 @@ def _outputs(model: Any, inputs: Any) -> dict[str, Tensor | None]:
     return {"output": out.detach(), "gradient": next((grad for grad in grads if grad is not None), None)}
 
 
-SMALL = 2**20
+SMALL = 2**14
 """Elements of parameters whose gradients are compared; of the others one is, and the head's."""
 
 

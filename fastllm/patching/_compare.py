@@ -48,8 +48,11 @@ def difference(a: Tensor, b: Tensor) -> tuple[float, float]:
     """The largest difference (infinite for another shape), and the largest absolute value of `a`."""
     if a.shape != b.shape:
         return math.inf, float(a.detach().abs().max()) if a.numel() else 0.0
-    a, b = a.detach().double(), b.detach().double()
-    return float((a - b).abs().max()) if a.numel() else 0.0, float(a.abs().max()) if a.numel() else 0.0
+    if not a.numel():
+        return 0.0, 0.0
+    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    a, b = a.detach().to(dtype), b.detach().to(dtype)
+    return float((a - b).abs().max()), float(a.abs().max())
 
 
 class _Run:

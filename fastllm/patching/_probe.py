@@ -50,8 +50,15 @@ def signature(module: nn.Module) -> tuple:
             found.append((name, described))
         for name, value in vars(m).items():
             if name != "training" and name not in _INTERNAL:
-                found.append((name, repr(value) if isinstance(value, _PLAIN) else id(value)))
+                found.append((name, _described(value)))
     return tuple(found)
+
+
+def _described(value: Any) -> Any:
+    """Equal for equal plain values; other objects are equal to themselves."""
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_described, value))
+    return repr(value) if isinstance(value, _PLAIN) else id(value)
 
 
 _INTERNAL = vars(nn.Module()).keys() | {"forward"}

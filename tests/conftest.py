@@ -21,3 +21,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the ops that ran."""
+    from fastllm import backends
+
+    names: list[str] = []
+    original = backends.Op.__call__
+
+    def call(self, *args):
+        names.append(self.name)
+        return original(self, *args)
+
+    monkeypatch.setattr(backends.Op, "__call__", call)
+    return names

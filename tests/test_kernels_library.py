@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-from fastllm import backends
 from fastllm.compat import kernels as ours
 
 
@@ -18,20 +17,6 @@ def library():
     # Its submodule: at the root of the repository, `kernels` alone would be found without the library.
     pytest.importorskip("kernels.layer")
     return sys.modules["kernels"]
-
-
-@pytest.fixture
-def called(monkeypatch):
-    """The names of the ops that ran."""
-    names = []
-    original = backends.Op.__call__
-
-    def call(self, *args):
-        names.append(self.name)
-        return original(self, *args)
-
-    monkeypatch.setattr(backends.Op, "__call__", call)
-    return names
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
 import fastllm
-from fastllm import backends
 from fastllm.compat import torch_attention
 from fastllm.testing import make
 
@@ -38,20 +37,6 @@ def on_cpu():
     yield
     handle.remove()
     assert not any(entries("CPU"))
-
-
-@pytest.fixture
-def called(monkeypatch):
-    """The names of the ops that ran."""
-    names = []
-    original = backends.Op.__call__
-
-    def call(self, *args):
-        names.append(self.name)
-        return original(self, *args)
-
-    monkeypatch.setattr(backends.Op, "__call__", call)
-    return names
 
 
 def draw(*shape: int, heads_last: bool = False) -> torch.Tensor:

@@ -66,7 +66,6 @@ def find(module: nn.Module, only: bool | None = None) -> bool:
         raise Differs("it has no projection that says what it takes")
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 6, channels, generator=generator).to(parameter.device, parameter.dtype)
-    names = [name for name, _ in module.named_parameters()]
 
     def run(function: Callable, call: Callable) -> Callable:
         def result(x: Tensor) -> Tensor:
@@ -79,8 +78,7 @@ def find(module: nn.Module, only: bool | None = None) -> bool:
     original = functools.partial(type(module).forward, module)
 
     def truth(x: Tensor, *parameters: Tensor) -> Tensor:
-        state = dict(zip(names, parameters, strict=True))
-        return run(F.scaled_dot_product_attention, functools.partial(torch.func.functional_call, module, state))(x)
+        return run(F.scaled_dot_product_attention, _probe.functional(module, parameters))(x)
 
     with _probe.dropping(module, 0.0):
         stock = run(F.scaled_dot_product_attention, original)

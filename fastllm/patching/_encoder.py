@@ -58,10 +58,9 @@ def find(module: nn.TransformerEncoderLayer, only: bool | None = None) -> bool:
     weight = module.linear1.weight
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 5, weight.shape[1], generator=generator).to(weight.device, weight.dtype)
-    names = [name for name, _ in module.named_parameters()]
 
     def truth(x: Tensor, *parameters: Tensor) -> Tensor:
-        return torch.func.functional_call(module, dict(zip(names, parameters, strict=True)), x)
+        return _probe.functional(module, parameters)(x)
 
     with _probe.dropping(module, 0.0):
         _probe.check(module, functools.partial(forward, module), truth, x)

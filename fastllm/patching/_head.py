@@ -32,6 +32,11 @@ class Head:
         self.deferred = False
         self.hidden: Tensor | None = None
 
+    def logits(self, module: nn.Module, hidden: Tensor) -> Tensor:
+        """What the loss is given where nothing is deferred."""
+        logits = type(module).forward(module, hidden) * self.scale
+        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
+
 
 def can_defer(module: nn.Module, head: Head) -> bool:
     """Whether this call is one in which the head's product is left to the loss."""
@@ -118,10 +123,7 @@ def loss_function(
     module = model.get_output_embeddings()
     asked = {name for name, value in kwargs.items() if value is not None} - set(known)
     if asked and not getattr(original, "__module__", "").startswith("transformers."):  # whose losses ignore the rest
-        logits = type(module).forward(module, hidden) * head.scale
-        if head.softcap:
-            logits = head.softcap * torch.tanh(logits / head.softcap)
-        return original(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+        return original(logits=head.logits(module, hidden), labels=labels, vocab_size=vocab_size, **kwargs)
     return fused_loss(head, hidden, module, labels, **{k: v for k, v in kwargs.items() if k in known})
 
 
@@ -265,10 +267,7 @@ def _check_loss(model: Any, module: Any, head: Head) -> None:
     labels[0, 3] = -100
 
     def stock(hidden: Tensor) -> Tensor:
-        logits = type(module).forward(module, hidden) * head.scale
-        if head.softcap:
-            logits = head.softcap * torch.tanh(logits / head.softcap)
-        return model.loss_function(logits=logits, labels=labels, vocab_size=classes)
+        return model.loss_function(logits=head.logits(module, hidden), labels=labels, vocab_size=classes)
 
     def ours(hidden: Tensor) -> Tensor:
         return fused_loss(head, hidden, module, labels)

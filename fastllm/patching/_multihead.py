@@ -91,7 +91,6 @@ def find(module: nn.MultiheadAttention, only: bool | None = None) -> bool:
     sizes = module.embed_dim, module.kdim, module.vdim
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4, 4, sum(sizes), generator=generator).to(weight.device, weight.dtype)
-    names = [name for name, _ in module.named_parameters()]
     causal = torch.ones(4, 4, dtype=torch.bool, device=x.device).triu(1)
     padding = torch.zeros(4, 4, dtype=torch.bool, device=x.device)
     padding[1:, 3] = True
@@ -111,8 +110,7 @@ def find(module: nn.MultiheadAttention, only: bool | None = None) -> bool:
         for masks in calls:
 
             def truth(x: Tensor, *parameters: Tensor, alike=alike, masks=masks) -> Tensor:
-                state = dict(zip(names, parameters, strict=True))
-                return call(functools.partial(_with, module, state), alike, **masks)(x)
+                return call(_probe.functional(module, parameters), alike, **masks)(x)
 
             with _probe.dropping(module, 0.0):
                 _probe.check(
@@ -123,10 +121,6 @@ def find(module: nn.MultiheadAttention, only: bool | None = None) -> bool:
                     call(functools.partial(type(module).forward, module), alike, **masks),
                 )
     return True
-
-
-def _with(module: nn.Module, state: dict[str, Tensor], *args: Tensor, **kwargs: Any) -> Any:
-    return torch.func.functional_call(module, state, args, kwargs)
 
 
 def replacement(module: nn.MultiheadAttention, found: bool) -> Callable:

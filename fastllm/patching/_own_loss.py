@@ -108,10 +108,6 @@ def model_forward(model: Any, head: Head, *args: Any, output_logits: bool = Fals
     A compiled graph has them: a promise of logits cannot be traced."""
     if torch.compiler.is_compiling() or not wants_no_logits(model, output_logits, kwargs):
         return type(model).forward(model, *args, **kwargs)
-    return _deferred(model, head, *args, **kwargs)
-
-
-def _deferred(model: Any, head: Head, *args: Any, **kwargs: Any) -> Any:
     head.deferred = True
     try:
         output = type(model).forward(model, *args, **kwargs)
@@ -168,14 +164,4 @@ def find(model: Any, module: Any, inputs: dict[str, Tensor]) -> Head:
     expected = (known if seen.numel() == known.numel() else known[:, :-1]).flatten(0, 1)
     if seen.shape != expected.shape or not torch.equal(seen, expected):
         raise Differs("its loss is not that of its head's own logits")
-    head = Head()
-    module.__dict__["forward"] = functools.partial(head_forward, module, head)
-    model.__dict__["forward"] = functools.partial(_deferred, model, head)
-    try:
-        with torch.no_grad():
-            model(**inputs, labels=labels)
-    except Exception as error:
-        raise Differs(f"its loss cannot be run: {told(error)}") from error
-    finally:
-        del module.__dict__["forward"], model.__dict__["forward"]
-    return head
+    return Head()

@@ -131,6 +131,13 @@ def quiet(module: nn.Module) -> Iterator[None]:
                 m.training = mode
 
 
+def functional(module: nn.Module, parameters: Sequence[Tensor]) -> Callable:
+    """The module's call with other parameters, in the order of its own."""
+    names = (name for name, _ in module.named_parameters())
+    state = dict(zip(names, parameters, strict=True))
+    return lambda *args, **kwargs: torch.func.functional_call(module, state, args, kwargs)
+
+
 def call_child(module: nn.Module, name: str, state: dict[str, Tensor], x: Tensor) -> Tensor:
     """module.<name>(x) with parameters from `state`, which has those of the whole module."""
     prefix = f"{name}."

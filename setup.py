@@ -3,15 +3,19 @@
 Environment:
   CXX, CUDA_HOME         the compilers (default: c++ or g++ on PATH; nvcc on PATH or /usr/local/cuda)
   FASTLLM_CUDA=0         skip the CUDA kernels
-  FASTLLM_CUDA_ARCHS     what to compile them for (default "80;90;100;120"; "native": the GPUs of this machine)
+  FASTLLM_CUDA_ARCHS     what to compile them for (default "80;90;100;120"; "native": the GPUs of this machine); what
+                         nvcc does not know is left out
   MAX_JOBS               how many compilers run at once (default: ninja's choice)
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -55,19 +59,54 @@ def sources(*patterns: str) -> list[str]:
 CUDA_SOURCES = sources("csrc/cuda/*.cu", "csrc/cuda/*.cpp")
 
 
-def cuda_archs() -> list[str]:
-    archs = os.environ.get("FASTLLM_CUDA_ARCHS") or CUDA_ARCHS
-    if archs != "native":
-        return archs.replace(",", ";").split(";")
-    import torch
-
-    found = {"{}{}".format(*torch.cuda.get_device_capability(i)) for i in range(torch.cuda.device_count())}
-    if not found:
-        raise SystemExit("FASTLLM_CUDA_ARCHS=native, but torch sees no GPU on this machine.")
-    return sorted(found, key=int)
+def source_digest() -> str:
+    """SHA-256 of csrc/. The CUDA library holds it, so that a run on another machine can tell whether it is of its
+    sources."""
+    digest = hashlib.sha256()
+    for name in sources("csrc/**/*"):
+        if (ROOT / name).is_file():
+            digest.update(name.encode() + b"\0" + (ROOT / name).read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
-def gencode(archs: list[str]) -> list[str]:
+def object_names(names: list[str | Path]) -> dict[str | Path, str]:
+    """The object file of each source: by its whole name, so that those of adamw.cu and adamw.cpp are two."""
+    objects = {name: Path(name).name + ".o" for name in names}
+    if shared := [str(name) for name in names if [*objects.values()].count(objects[name]) > 1]:
+        raise SystemExit(f"fastllm: {', '.join(shared)} would be compiled into one object file; rename all but one.")
+    return objects
+
+
+def ninja_command(*words: str) -> str:
+    return shlex.join(words).replace("$", "$$")
+
+
+def ninja_path(path: Path) -> str:
+    return re.sub(r"([$ :])", r"$\1", str(path))
+
+
+@functools.cache
+def cuda_archs() -> tuple[str, ...]:
+    """What the CUDA kernels are compiled for, the newest last; empty where nvcc knows none of the default ones."""
+    given = os.environ.get("FASTLLM_CUDA_ARCHS")
+    wanted = re.split("[;, ]+", given or CUDA_ARCHS)
+    if given == "native":
+        import torch
+
+        wanted = ["{}{}".format(*torch.cuda.get_device_capability(i)) for i in range(torch.cuda.device_count())]
+        if not wanted:
+            raise SystemExit("FASTLLM_CUDA_ARCHS=native, but torch sees no GPU on this machine.")
+    listed = subprocess.run([find_nvcc(), "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+    known = set(re.findall(r"compute_(\d+)", listed))
+    unknown = [arch for arch in wanted if arch.rstrip("af") not in known]
+    if unknown:
+        print(f"fastllm: {find_nvcc()} does not know sm_{', sm_'.join(unknown)}: no CUDA kernels for them.")
+    if given and len(unknown) == len(wanted):
+        raise SystemExit(f"FASTLLM_CUDA_ARCHS={given!r}: nvcc knows none of them; it knows {', '.join(sorted(known))}.")
+    return tuple(sorted({*wanted} - {*unknown}, key=lambda arch: (int(arch.rstrip("af")), arch)))
+
+
+def gencode(archs: tuple[str, ...]) -> list[str]:
     """nvcc's flags: machine code for each architecture, and PTX of the newest for chips to come."""
     flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     return [*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
@@ -109,6 +148,11 @@ def make_build_ext():
     torch_lib = Path(torch.__file__).parent / "lib"
 
     class Build(BuildExtension):
+        def finalize_options(self):
+            super().finalize_options()
+            if find_nvcc() and not cuda_archs():
+                self.extensions = [ext for ext in self.extensions if not ext.name.endswith("_C_cuda")]
+
         def get_ext_filename(self, name):
             if name.endswith("_C_cuda"):  # loaded by path, not imported: no Python version in its name
                 return str(Path(*name.split("."))) + ".so"
@@ -117,7 +161,8 @@ def make_build_ext():
         def build_extension(self, ext):
             if ext.name.endswith("_C_cuda"):
                 return self.build_cuda(ext)
-            ext.include_dirs = [*include_paths(), pybind11.get_include()]
+            # pybind11 first: torch 2.11 has one of its own, which refuses TORCH_TARGET_VERSION.
+            ext.include_dirs = [pybind11.get_include(), *include_paths()]
             ext.library_dirs = [str(torch_lib)]
             flags = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-fno-math-errno"]
             flags += ["-Wall", "-Wno-maybe-uninitialized", *DEFINES]
@@ -153,19 +198,23 @@ def make_build_ext():
                 # time.
                 link = [find_compiler(), "-shared", "-x", "c++", os.devnull, "-Wl,-soname,libtorch_cuda.so"]
                 subprocess.run([*link, "-o", build / "libtorch_cuda.so"], check=True)
+            digest = build / "sources.cpp"
+            text = f'extern "C" {{\nextern const char fastllm_sources[] = "fastllm-sources:{source_digest()}";\n}}\n'
+            if not digest.exists() or digest.read_text() != text:
+                digest.write_text(text)
             flags = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-DUSE_CUDA", *DEFINES]
             flags += ["-lineinfo", "--expt-relaxed-constexpr", "-Xfatbin", "-compress-all"]
             flags += ["-diag-suppress", "20012,20013,20014,20015", "-ccbin", find_compiler()]
-            flags += gencode(cuda_archs())
-            flags += [f"-I{path}" for path in include_paths()]
+            flags += [*gencode(cuda_archs()), *(f"-I{path}" for path in include_paths())]
+            link = ["-shared", "-cudart", "static", "-ccbin", find_compiler(), f"-L{torch_lib}", f"-L{build}"]
+            link += ["-Xlinker", "--no-as-needed", "-ltorch_cpu", "-ltorch_cuda"]
             target = Path(self.get_ext_fullpath(ext.name)).resolve()
             target.parent.mkdir(parents=True, exist_ok=True)
-            objects = {str(build / Path(source).with_suffix(".o").name): ROOT / source for source in CUDA_SOURCES}
+            objects = {build / name: ROOT / source for source, name in object_names([*CUDA_SOURCES, digest]).items()}
             lines = [
-                f"nvcc = {find_nvcc()}",
-                f"flags = {' '.join(flags)}",
-                f"link = -shared -cudart static -ccbin {find_compiler()} -L{torch_lib} -L{build} "
-                "-Xlinker --no-as-needed -ltorch_cpu -ltorch_cuda",
+                f"nvcc = {ninja_command(find_nvcc())}",
+                f"flags = {ninja_command(*flags)}",
+                f"link = {ninja_command(*link)}",
                 "rule compile",
                 "  command = $nvcc $flags -MD -MF $out.d -c $in -o $out",
                 "  description = nvcc $in",
@@ -174,8 +223,8 @@ def make_build_ext():
                 "rule link",
                 "  command = $nvcc $in $link -o $out",
                 "  description = link $out",
-                *(f"build {out}: compile {source}" for out, source in objects.items()),
-                f"build {target}: link {' '.join(objects)}",
+                *(f"build {ninja_path(out)}: compile {ninja_path(source)}" for out, source in objects.items()),
+                f"build {ninja_path(target)}: link {' '.join(map(ninja_path, objects))}",
             ]
             (build / "build.ninja").write_text("\n".join(lines) + "\n")
             jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []

@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <algorithm>
 #include <array>
@@ -125,7 +126,7 @@ std::array<Tensor, kOutputs> call_fallback(const char* name, const Args&... args
   std::array<StableIValue, (sizeof...(Args) > kOutputs ? sizeof...(Args) : kOutputs)> stack{
       torch::stable::detail::from(args)...};
   const std::string op = std::string("fastllm::") + name + "_fallback";
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op.c_str(), "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op.c_str(), "", stack.data(), TORCH_ABI_VERSION));
   std::array<Tensor, kOutputs> outputs;
   for (size_t i = 0; i < kOutputs; ++i) {
     outputs[i] = torch::stable::detail::to<Tensor>(stack[i]);

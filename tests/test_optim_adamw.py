@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from optim_suite import SHAPES, assert_equal, parameters, run, set_grads
+from optim_suite import LANES, SHAPES, assert_as_torchs_fused, assert_equal, parameters, run, set_grads
 from torch.testing._internal import common_optimizers
 
 import fastllm
@@ -102,8 +102,26 @@ def test_torch_errors(case):
         AdamW(params, **given.kwargs)
 
 
+@pytest.mark.parametrize("options", [{}, {"amsgrad": True}, {"maximize": True}, {"betas": (0.3, 0.7)}], ids=str)
+@pytest.mark.parametrize("size", [1, 7, 16, 25, 1003, 100_003])
+def test_bits_of_torchs_fused_kernel(size, options):
+    """Parameters and moments, three steps on the same gradients."""
+    lists = [parameters(shapes=[(size,)]) for _ in range(2)]
+    optimizers = [kind(p, fused=True, **options) for kind, p in zip((AdamW, torch.optim.AdamW), lists, strict=True)]
+    for seed in range(3):
+        set_grads(seed, *lists)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert_as_torchs_fused(*lists)
+    for key in ("exp_avg", "exp_avg_sq"):
+        found = [[optimizer.state[p][key] for p in params] for optimizer, params in zip(optimizers, lists, strict=True)]
+        assert_as_torchs_fused(*found)
+
+
+@pytest.mark.skipif(not LANES, reason="torch's kernel is not vectorised on this processor")
 def test_bit_for_bit_torchs_fused_kernel():
-    """200 steps of training a small GPT: the same weights at the end as with torch's fused AdamW."""
+    """200 steps of training a small GPT, all of whose parameters are whole vectors: the same weights at the end as with
+    torch's fused AdamW."""
     tokens = torch.randint(0, 64, (200, 4, 17), generator=torch.Generator().manual_seed(1))
     config = models.GPTConfig(vocab_size=64, context=16, layers=2, heads=2, width=32)
     finals, losses = [], []
@@ -118,6 +136,7 @@ def test_bit_for_bit_torchs_fused_kernel():
             optimizer.step()
         finals.append([p.detach().clone() for p in model.parameters()])
         losses.append(loss.item())
+    assert all(p.numel() % LANES == 0 for p in model.parameters())
     assert losses[0] == losses[1]
     assert_equal(*finals)
 
@@ -134,7 +153,7 @@ def test_groups_with_their_own_settings():
         optimizer.add_param_group({"params": params[3:], "eps": 1e-3})
         optimizers.append(optimizer)
         run(optimizer, range(10))
-    assert_equal(*lists)
+    assert_as_torchs_fused(*lists)
     assert len(optimizers[0].param_groups) == 3
 
 
@@ -150,7 +169,7 @@ def test_parameters_without_a_gradient_are_skipped():
             optimizer.step()
         steps = [int(optimizer.state[p]["step"]) for p in params]
         assert steps == [sum((i + seed) % 3 != 0 for seed in range(6)) for i in range(len(params))]
-    assert_equal(*lists)
+    assert_as_torchs_fused(*lists)
     optimizer = AdamW(parameters())
     optimizer.step()
     assert not optimizer.state
@@ -177,7 +196,7 @@ def test_named_parameters_closure_hooks_and_schedulers():
             scheduler.step()
         assert optimizer.param_groups[0]["param_names"] == [f"p{i}" for i in range(len(params))]
     assert calls == ["pre", "post"] * 10
-    assert_equal(*lists)
+    assert_as_torchs_fused(*lists)
 
 
 def test_complex_parameters():
@@ -485,7 +504,7 @@ def test_grad_scaler_with_an_expanded_gradient():
         optimizer.grad_scale, optimizer.found_inf = torch.tensor(4.0), torch.tensor(0.0)
         param.grad = torch.ones(1, 5).expand(6, 5) if kind is AdamW else torch.ones(6, 5)
         optimizer.step()
-    assert_equal(params, stock)
+    assert_as_torchs_fused(params, stock)
     assert torch.equal(params[0].grad, torch.full((6, 5), 0.25))
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import bindings
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 from fastllm import _ext
+from fastllm.backends import OPS
 
 ROOT = Path(__file__).parent.parent
 EXTENSIONS = [Path(_ext.C.__file__)] if _ext.C else []
@@ -39,6 +41,114 @@ def test_extensions_import_stable_symbols_only(path):
     mangled = run("c++filt", *undefined).stdout
     for namespace in ("at::", "c10::", "torch::", "caffe2::"):
         assert namespace not in mangled, [line for line in mangled.splitlines() if namespace in line]
+
+
+@pytest.fixture
+def setup_py(monkeypatch) -> Callable[[], dict]:
+    """A call that gives setup.py's functions."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["setup.py", "--quiet", "--version"])
+    return lambda: runpy.run_path("setup.py")
+
+
+def registered(key: str) -> set[str]:
+    """The ops that the sources register for a dispatch key."""
+    folder = ROOT / "csrc" / key.lower()
+    return {name for path in folder.glob("*.cpp") for name in re.findall(r'm\.impl\("(\w+)"', path.read_text())}
+
+
+# Loads a library of CUDA kernels into any torch, and prints the ops that it registers. What it asks of a CUDA torch at
+# load time is stood in for where torch has none: nothing is launched.
+LOAD = """
+import sys, ctypes, torch
+if torch.version.cuda is None:
+    ctypes.CDLL(sys.argv[2], ctypes.RTLD_GLOBAL)
+import fastllm
+if fastllm._ext.STATUS["CUDA"] != "loaded":
+    torch.ops.load_library(sys.argv[1])
+names = [name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastllm::")]
+for name in names:
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"fastllm::{name}", "CUDA"):
+        print(name)
+"""
+
+
+@pytest.mark.skipif(not _ext.CUDA_LIBRARY.exists(), reason="built without nvcc")
+def test_the_cuda_library_registers_every_op_of_its_sources(tmp_path):
+    stub = tmp_path / "libtorch_cuda.so"
+    functions = "aoti_torch_get_current_cuda_stream aoti_torch_create_device_guard aoti_torch_delete_device_guard "
+    functions += "torch_c10_cuda_check_msg torch_c10_cuda_free_error_msg"
+    source = tmp_path / "stub.c"
+    source.write_text("".join(f"void {name}(void) {{}}\n" for name in functions.split()))
+    result = run(bindings.CXX, "-x", "c", "-shared", "-fPIC", "-Wl,-soname,libtorch_cuda.so", source, "-o", stub)
+    assert result.returncode == 0, result.stderr
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = run(sys.executable, "-c", LOAD, _ext.CUDA_LIBRARY, stub, env=environment)
+    assert result.returncode == 0, result.stderr
+    found = set(result.stdout.split())
+    assert found == registered("CUDA")
+    assert {"adamw_step", "adamw_norm", "adamw_table", "adamw_table_step"} <= found
+    assert {op.name for op in OPS.values() if any(b.key == "CUDA" for b in op.backends)} <= found
+
+
+@bindings.needs_kernels
+def test_the_cpu_library_registers_every_op_of_its_sources():
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    names = registered("CPU")
+    assert {op.name for op in OPS.values() if any(b.key == "CPU" for b in op.backends)} <= names
+    assert [name for name in names if not has(f"fastllm::{name}", "CPU")] == []
+
+
+@pytest.mark.skipif(not _ext.CUDA_LIBRARY.exists(), reason="built without nvcc")
+def test_the_cuda_library_is_of_these_sources(setup_py):
+    digest = setup_py()["source_digest"]()
+    assert f"fastllm-sources:{digest}\0".encode() in _ext.CUDA_LIBRARY.read_bytes(), "make setup"
+
+
+def test_sources_that_share_an_object_file_are_an_error(setup_py):
+    names = setup_py()["object_names"]
+    assert list(names(["csrc/cuda/adamw.cu", "csrc/cuda/adamw.cpp"]).values()) == ["adamw.cu.o", "adamw.cpp.o"]
+    with pytest.raises(SystemExit, match="cuda/adamw.cpp, .*extra/adamw.cpp would be compiled into one object file"):
+        names(["csrc/cuda/adamw.cpp", "csrc/cuda/norm.cpp", "csrc/extra/adamw.cpp"])
+
+
+NVCC = """#!/bin/sh
+case "$*" in
+  --list-gpu-arch) printf 'compute_50\\ncompute_80\\ncompute_90\\n';;
+  *) exit 1;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "archs", "said"),
+    [
+        (None, ("80", "90"), "does not know sm_100, sm_120: no CUDA kernels for them"),
+        ("90;80", ("80", "90"), ""),
+        ("90a", ("90a",), ""),
+        ("100", SystemExit, "FASTLLM_CUDA_ARCHS='100': nvcc knows none of them; it knows 50, 80, 90"),
+    ],
+)
+def test_architectures_that_nvcc_does_not_know_are_left_out(
+    setup_py, tmp_path, monkeypatch, capsys, given, archs, said
+):
+    """As one of CUDA 12.6 answers."""
+    nvcc = tmp_path / "a home/bin/nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(NVCC)
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "a home"))
+    monkeypatch.delenv("FASTLLM_CUDA", raising=False)
+    monkeypatch.delenv("FASTLLM_CUDA_ARCHS", raising=False)
+    if given:
+        monkeypatch.setenv("FASTLLM_CUDA_ARCHS", given)
+    cuda_archs = setup_py()["cuda_archs"]
+    if archs is SystemExit:
+        with pytest.raises(SystemExit, match=re.escape(said)):
+            cuda_archs()
+    else:
+        assert cuda_archs() == archs
+        assert said in capsys.readouterr().out
 
 
 def cuobjdump() -> str | None:
@@ -180,11 +290,9 @@ def test_isolated_build_stops_with_the_command_that_works(tmp_path, missing):
     assert not list(source.rglob("*.so"))
 
 
-def test_no_cuda_when_told_so(monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_no_cuda_when_told_so(setup_py, monkeypatch):
     monkeypatch.setenv("FASTLLM_CUDA", "0")
-    monkeypatch.setattr(sys, "argv", ["setup.py", "--quiet", "--version"])
-    assert runpy.run_path(str(ROOT / "setup.py"))["find_nvcc"]() is None
+    assert setup_py()["find_nvcc"]() is None
 
 
 @pytest.mark.skipif(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from optim_suite import LANES, SHAPES, assert_as_torchs_fused, assert_equal, parameters, run, set_grads
-from torch.testing._internal import common_optimizers
 
 import fastllm
 from fastllm import _ext, models
@@ -19,34 +18,41 @@ def roundings(a: torch.Tensor, b: torch.Tensor, before: torch.Tensor) -> float:
     return float(((a - b).abs() / size).max()) * 2**23
 
 
-def torch_inputs(device: str) -> list:
-    """The cases that PyTorch tests its own AdamW with."""
-    inputs = common_optimizers.optim_inputs_func_adamw(device, torch.float32)
-    inputs.append(common_optimizers.OptimizerInput(None, {"lr": torch.tensor(0.01)}, desc="Tensor lr"))
-    betas = (torch.tensor([[[0.9]]]), torch.tensor([[0.99]]))
-    inputs.append(
-        common_optimizers.OptimizerInput(None, {"betas": betas, "lr": torch.tensor(1e-3)}, desc="Tensor betas")
-    )
-    inputs.append(common_optimizers.OptimizerInput(None, {"betas": (0.3, 0.7), "eps": 1e-4}, desc="betas below a half"))
-    inputs.append(common_optimizers.OptimizerInput(None, {"weight_decay": 0.0, "lr": 0.0}, desc="zeros"))
-    return inputs
-
-
+OPTIONS = {  # those of PyTorch's own tests of its AdamW, and a few more
+    "default": {},
+    "lr": {"lr": 0.01},
+    "weight decay": {"weight_decay": 0.1},
+    "maximize": {"weight_decay": 0.1, "maximize": True},
+    "amsgrad": {"weight_decay": 0.1, "amsgrad": True},
+    "tensor lr": {"lr": torch.tensor(0.01)},
+    "tensor betas": {"betas": (torch.tensor([[[0.9]]]), torch.tensor([[0.99]])), "lr": torch.tensor(1e-3)},
+    "betas below a half": {"betas": (0.3, 0.7), "eps": 1e-4},
+    "zeros": {"weight_decay": 0.0, "lr": 0.0},
+}
+CUDA_OPTIONS = {
+    "capturable": {"capturable": True},
+    "capturable, amsgrad": {"weight_decay": 0.1, "amsgrad": True, "capturable": True},
+    "capturable, tensor lr": {"lr": torch.tensor(0.001), "amsgrad": True, "capturable": True},
+    "capturable, tensor betas": {**OPTIONS["tensor betas"], "amsgrad": True, "capturable": True},
+}
 CASES = [
-    *(pytest.param("cpu", case, id=f"cpu {case.desc}") for case in torch_inputs("cpu")),
-    *(pytest.param("cuda", case, id=f"cuda {case.desc}", marks=pytest.mark.gpu) for case in torch_inputs("cuda")),
+    *(pytest.param("cpu", given, id=f"cpu {name}") for name, given in OPTIONS.items()),
+    *(
+        pytest.param("cuda", given, id=f"cuda {name}", marks=pytest.mark.gpu)
+        for name, given in (OPTIONS | CUDA_OPTIONS).items()
+    ),
 ]
 
 
 @pytest.mark.parametrize("foreach", [None, False, True])
 @pytest.mark.parametrize("fused", [None, True])
-@pytest.mark.parametrize(("device", "case"), CASES)
-def test_torch_cases(device, case, fused, foreach):
+@pytest.mark.parametrize(("device", "given"), CASES)
+def test_torch_cases(device, given, fused, foreach):
     if fused and foreach:
         return  # an error in both; see test_torch_errors
     kwargs = {
-        key: value.to(device) if isinstance(value, torch.Tensor) and case.kwargs.get("capturable") else value
-        for key, value in case.kwargs.items()
+        key: value.to(device) if isinstance(value, torch.Tensor) and given.get("capturable") else value
+        for key, value in given.items()
     }
     if foreach and (isinstance(kwargs.get("lr"), torch.Tensor) and not kwargs.get("capturable")):
         return
@@ -88,18 +94,35 @@ def test_torch_cases(device, case, fused, foreach):
     ]
 
 
+PARAM = torch.nn.Parameter(torch.randn(1, 1))
+TENSOR_BETA = torch.tensor(0.9)
+
+
 @pytest.mark.parametrize(
-    "case",
-    common_optimizers.optim_error_inputs_func_adamw("cpu", torch.float32),
-    ids=lambda c: c.optimizer_error_input.desc[:40] if hasattr(c, "optimizer_error_input") else "",
+    ("params", "kwargs", "error", "message"),
+    [
+        (PARAM, {}, TypeError, "should be an iterable of Tensors or dicts"),
+        ([PARAM, PARAM], {}, ValueError, "given twice"),  # torch only warns
+        ([{"params": PARAM}, {"params": PARAM}], {}, ValueError, "more than one parameter group"),
+        (None, {"lr": torch.tensor([0.001, 0.001])}, ValueError, "Tensor lr must be 1-element"),
+        ([("weight", PARAM), PARAM], {}, ValueError, "Some param names are missing"),
+        (
+            [{"params": [PARAM]}, {"params": [("weight", torch.nn.Parameter(torch.randn(1)))]}],
+            {},
+            ValueError,
+            "cannot add param group with names to the optimizer",
+        ),
+        (None, {"betas": (1.0, 0.0)}, ValueError, "Invalid beta parameter at index 0: 1.0"),
+        (None, {"weight_decay": -1}, ValueError, "Invalid weight_decay value: -1"),
+        (None, {"lr": torch.tensor(0.001), "foreach": True}, ValueError, "lr as a Tensor is not supported"),
+        (None, {"betas": (0.9, TENSOR_BETA)}, ValueError, "betas must be either both floats or both Tensors"),
+        (None, {"betas": (TENSOR_BETA, 0.9)}, ValueError, "betas must be either both floats or both Tensors"),
+        (None, {"betas": (TENSOR_BETA, TENSOR_BETA), "foreach": True}, ValueError, r"betas\[0\] as a Tensor is not"),
+    ],
 )
-def test_torch_errors(case):
-    given, error, regex = case.optimizer_error_input, case.error_type, case.error_regex
-    params = given.params if given.params is not None else parameters()
-    if error is UserWarning:  # a parameter given twice, of which torch only warns
-        error, regex = ValueError, "given twice"
-    with pytest.raises(error, match=regex):
-        AdamW(params, **given.kwargs)
+def test_torch_errors(params, kwargs, error, message):
+    with pytest.raises(error, match=message):
+        AdamW(parameters() if params is None else params, **kwargs)
 
 
 @pytest.mark.parametrize("options", [{}, {"amsgrad": True}, {"maximize": True}, {"betas": (0.3, 0.7)}], ids=str)

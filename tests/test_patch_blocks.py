@@ -195,7 +195,11 @@ def masks(batch_first):
 
 
 class TestEncoderLayer:
-    @pytest.mark.parametrize("kwargs", ENCODERS, ids=str)
+    @pytest.mark.parametrize(
+        "kwargs",
+        ENCODERS,
+        ids=lambda kwargs: " ".join(getattr(value, "__name__", str(value)) for value in kwargs.values()),
+    )
     def test_equal(self, kwargs):
         model, x = encoder(**kwargs), torch.randn(3, 5, 16)
         for train in (True, False):

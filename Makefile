@@ -13,7 +13,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 COMPILED := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help setup demo test lint format bench gpu sanitize wheel clean
+.PHONY: help setup demo test test-all lint format bench gpu sanitize compat wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -25,6 +25,7 @@ help:
 	@echo "make bench   every op against its rivals; results in runs/bench"
 	@echo "make gpu     on a machine with an NVIDIA GPU: build, test, measure; results in OUT=$(OUT)"
 	@echo "make sanitize after make gpu: every op under compute-sanitizer's four tools"
+	@echo "make compat  one wheel in other environments, PYTHONS=\"python...\"; writes docs/compatibility.md"
 	@echo "make wheel   sdist and wheel in dist/"
 	@echo "make clean   remove what was built and installed; runs/ stays"
 	@echo "The first target that needs it makes $(VENV) from PYTHON=$(PYTHON) and builds the kernels."
@@ -94,6 +95,9 @@ sanitize:
 	  echo "$$tool"; \
 	  compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON) tests/every_op.py cuda || exit 1; \
 	done
+
+compat: $(READY)
+	$(PY) tests/compat.py $(PYTHONS)
 
 wheel: $(READY)
 	$(PY) -m build --no-isolation

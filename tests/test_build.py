@@ -108,7 +108,7 @@ def test_the_cuda_library_is_of_these_sources(setup_py):
 def test_sources_that_share_an_object_file_are_an_error(setup_py):
     names = setup_py()["object_names"]
     assert list(names(["csrc/cuda/adamw.cu", "csrc/cuda/adamw.cpp"]).values()) == ["adamw.cu.o", "adamw.cpp.o"]
-    with pytest.raises(SystemExit, match="cuda/adamw.cpp, .*extra/adamw.cpp would be compiled into one object file"):
+    with pytest.raises(SystemExit, match=r"cuda/adamw\.cpp, .*extra/adamw\.cpp would be compiled into one object file"):
         names(["csrc/cuda/adamw.cpp", "csrc/cuda/norm.cpp", "csrc/extra/adamw.cpp"])
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastllm import ops
-from fastllm.benchmarks.harness import COMPILED, Case, Ready
+from fastllm.benchmarks.harness import COMPILED, NOT_COMPILED, Case, Ready
 from fastllm.models import GPT, GPTConfig
 from fastllm.testing import sample
 from fastllm.trainer import TrainConfig, make_optimizer
@@ -63,7 +63,7 @@ def _losses(ready: Ready) -> list[float]:
     return [float((ready.prepare(), ready.call())[1]) for _ in range(STEPS)]
 
 
-def setup(config: GPTConfig, batch: int, device: str, compiled: bool) -> dict[str, Callable[[], Ready] | str]:
+def setup(config: GPTConfig, batch: int, device: str, compiles: bool) -> dict[str, Callable[[], Ready] | str]:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(config.vocab_size, (batch, config.context + 1), generator=generator).to(device)
     batches = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
@@ -73,13 +73,12 @@ def setup(config: GPTConfig, batch: int, device: str, compiled: bool) -> dict[st
     if max(abs(a - b) for a, b in zip(*losses, strict=True)) > TOLERANCE:
         raise AssertionError(f"the losses on fastllm are {losses[0]}, on stock PyTorch {losses[1]}")
     found: dict[str, Callable[[], Ready] | str] = {"fastllm": lambda: ours, "eager": lambda: eager}
-    if compiled:
-        found[COMPILED] = functools.partial(_ready, stock, device, *batches, compiled=True)
-        found[OURS_COMPILED] = functools.partial(_ready, config, device, *batches, compiled=True)
+    for name, chosen in ((COMPILED, stock), (OURS_COMPILED, config)):
+        found[name] = functools.partial(_ready, chosen, device, *batches, compiled=True) if compiles else NOT_COMPILED
     return found
 
 
-def case(label: str, config: GPTConfig, batch: int, device: str, compiled: bool = True) -> Case:
+def case(label: str, config: GPTConfig, batch: int, device: str, compiles: bool = True) -> Case:
     parameters, flops = counts(config)
     tokens = batch * config.context
     return Case(
@@ -94,7 +93,6 @@ def case(label: str, config: GPTConfig, batch: int, device: str, compiled: bool 
         tokens=tokens,
         target="1x torch.compile",
         call=ops.layer_norm,  # for the name of the backend alone
-        setup=functools.partial(setup, config, batch, device, compiled),
+        setup=functools.partial(setup, config, batch, device, compiles),
         rounds=(5, 15),
-        slow=(OURS_COMPILED,) if compiled else (),
     )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastllm.backends import use_backend
-from fastllm.benchmarks.harness import COMPILED, Case, Ready, dtype_name
+from fastllm.benchmarks.harness import COMPILED, NOT_COMPILED, Case, Ready, dtype_name
 from fastllm.optim import AdamW
 from fastllm.testing import assert_within_budget, make, sample
 
@@ -72,7 +72,7 @@ def setup(
     device: str,
     max_norm: float | None,
     kept: bool,
-    compiled: bool,
+    compiles: bool,
     options: dict[str, Any],
 ) -> dict[str, Callable[[], Ready] | str]:
     check(dtype, device, max_norm, options)
@@ -112,7 +112,9 @@ def setup(
     }
     if count > 1:
         found[COMPILED] = "takes minutes to compile for many tensors"
-    elif compiled:
+    elif not compiles:
+        found[COMPILED] = NOT_COMPILED
+    else:
         found[COMPILED] = lambda: stock(compiled=True, **({"capturable": True} if device == "cuda" else {}))
     return found
 
@@ -126,7 +128,7 @@ def case(
     max_norm: float | None = None,
     label: str = "",
     kept: bool = False,
-    compiled: bool = True,
+    compiles: bool = True,
     extra_bytes: float = 0,
     target: str = "",
     **options: Any,
@@ -149,7 +151,7 @@ def case(
         flops=FLOPS * count * size,
         target=target,
         inference=True,
-        setup=functools.partial(setup, count, size, dtype, device, max_norm, kept, compiled, options),
+        setup=functools.partial(setup, count, size, dtype, device, max_norm, kept, compiles, options),
     )
 
 

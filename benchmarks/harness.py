@@ -58,6 +58,7 @@ CEILING_ROUNDS = 15
 MUCH = 0.05  # of the CPUs for other processes: figures measured beside them are not to be relied on
 # GPU cycles that a stream is kept busy for before a timed call, while Python queues the call: about 1 ms.
 GPU_HEAD_START = 2_000_000
+NOT_COMPILED = "nothing is compiled in a rehearsal"
 COMPILED, AUTOTUNED = "torch.compile", "torch.compile max-autotune"
 # Tries more kernels for each operation, products among them. The mode with CUDA graphs would copy the arguments into
 # buffers of its own within the timed call, for a saving in Python's time that is not timed here.
@@ -234,7 +235,7 @@ def flush(scratch: Tensor, total: Tensor) -> None:
 
 
 def free_memory(device: str) -> None:
-    """Gives back what earlier cases have held. (The garbage collector may be off.)"""
+    """Gives back what earlier cases have held, in cycles too."""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
@@ -371,9 +372,8 @@ class Race:
         self._watch.round(self.contenders[first:] + self.contenders[:first])
 
     def close(self) -> None:
-        """Frees the contenders and what they hold; there is no result from then on."""
+        """Lets go of the contenders and what they hold; there is no result from then on."""
         self.contenders = []
-        free_memory(self.device)
 
     def result(self, others: float) -> dict[str, Any]:
         """The figures of the last `rounds` rounds, as what `json.dumps` takes; `others` is a `Disturbance`'s share."""
@@ -562,15 +562,17 @@ def keep_freed_memory() -> None:
 
 @contextlib.contextmanager
 def quiet_machine(threads: int | None) -> Iterator[None]:
-    """No garbage collection, freed memory kept, and `threads` CPU threads where given."""
+    """No garbage collection but between cases, freed memory kept, and `threads` CPU threads where given."""
     keep_freed_memory()
     before, collects = torch.get_num_threads(), gc.isenabled()
     if threads is not None:
         torch.set_num_threads(threads)
     gc.disable()
+    gc.freeze()  # what is there by now stays: a collection need not look at it
     try:
         yield
     finally:
+        gc.unfreeze()
         torch.set_num_threads(before)
         if collects:
             gc.enable()

@@ -28,70 +28,69 @@ from fastllm.benchmarks import (
     rotary,
     swiglu,
 )
-from fastllm.benchmarks.harness import AUTOTUNED, COMPILED, Case, Direction
+from fastllm.benchmarks.harness import AUTOTUNED, COMPILED, NOT_COMPILED, Case, Direction
 from fastllm.models import GPTConfig
 
 PASSES: tuple[Direction, ...] = ("forward", "backward")
-NOT_COMPILED = "nothing is compiled in a rehearsal"
 
 
 class _Sizes(NamedTuple):
     """What the cases are made of: as models have it, and small enough for a rehearsal on a CPU."""
 
-    keys: int  # that attention and decoding look at
-    heads: int
-    kv_heads: int  # of decoding and rotary
-    batch: int  # of decoding and rotary
+    attention: tuple[int, int, int]  # batch, heads, positions
+    decode: tuple[int, int, int, int]  # batch, heads, key and value heads, positions
+    rotary: tuple[int, int, int, int]  # batch, positions, heads, key and value heads
+    parameters: int | None  # of AdamW; None for as many as fit
     rows: int
     widths: tuple[int, ...]  # of norms
-    heads_of_models: tuple[tuple[int, int, int], ...]  # rows, hidden, classes
+    classifiers: tuple[tuple[int, int, int], ...]  # rows, hidden, classes
     classes: int
     hidden: int  # of swiglu
     gpt: GPTConfig
     gpt_batch: int
+    compiles: bool
 
 
 FULL = _Sizes(
-    keys=8192,
-    heads=16,
-    kv_heads=4,
-    batch=8,
+    attention=(2, 16, 8192),
+    decode=(8, 32, 4, 8192),
+    rotary=(4, 4096, 32, 8),
+    parameters=None,
     rows=8192,
     widths=(4096, 16384),
-    heads_of_models=((8192, 4096, 128256), (16384, 768, 50257)),
+    classifiers=((8192, 4096, 128256), (16384, 768, 50257)),
     classes=128256,
     hidden=14336,
     gpt=GPTConfig.gpt2(),
     gpt_batch=16,
+    compiles=True,
 )
 SMALL = _Sizes(
-    keys=64,
-    heads=2,
-    kv_heads=1,
-    batch=1,
+    attention=(1, 2, 64),
+    decode=(1, 8, 1, 64),
+    rotary=(1, 16, 4, 2),
+    parameters=1000,
     rows=8,
     widths=(32, 48),
-    heads_of_models=((8, 16, 100), (16, 8, 60)),
+    classifiers=((8, 16, 100), (16, 8, 60)),
     classes=100,
     hidden=32,
     gpt=GPTConfig.gpt2(vocab_size=64, context=16, layers=2, heads=2, width=32),
     gpt_batch=2,
+    compiles=False,
 )
 
 
 def _attention_cases(device: str, sizes: _Sizes) -> list[Case]:
     """Against the fused kernels alone: the formula, compiled or not, is many times slower."""
-    kept = ("SDPA cuDNN", "SDPA flash", _attention.FLEX)
-    rivals = _attention.gpu_rivals(left=-1, causal=True)
-    batch = max(1, attention.TOKENS // sizes.keys) if sizes is FULL else 1
-    options: dict[str, Any] = {"batch": batch, "heads": sizes.heads}
+    batch, heads, rows = sizes.attention
+    chosen: dict[str, Any] = {
+        "rivals": _attention.gpu_rivals(left=-1, causal=True),
+        "timed": ("SDPA cuDNN", "SDPA flash", _attention.FLEX),
+        "compiled": False,
+    }
     return [
-        replace(
-            attention.case(device, sizes.keys, size, True, direction, **options),
-            rivals=rivals,
-            timed=kept,
-            compiled=False,
-        )
+        replace(attention.case(device, rows, size, True, direction, batch=batch, heads=heads), **chosen)
         for size in (128, 64)
         for direction in PASSES
     ]
@@ -99,7 +98,7 @@ def _attention_cases(device: str, sizes: _Sizes) -> list[Case]:
 
 def _adamw_cases(device: str, sizes: _Sizes) -> list[Case]:
     return [
-        adamw.case(device, 1, adamw.elements(dtype) if sizes is FULL else 1000, dtype, compiled=sizes is FULL)
+        adamw.case(device, 1, sizes.parameters or adamw.elements(dtype), dtype, compiles=sizes.compiles)
         for dtype in (torch.float32, torch.bfloat16)
     ]
 
@@ -113,24 +112,25 @@ def _row_cases(device: str, sizes: _Sizes) -> list[Case]:
         for n in sizes.widths
         for direction in PASSES
     ]
-    found += [linear_cross_entropy.case(device, *shape, bf16) for shape in sizes.heads_of_models]
+    found += [linear_cross_entropy.case(device, *shape, bf16) for shape in sizes.classifiers]
     found += [cross_entropy.case(device, sizes.rows, sizes.classes, bf16, direction) for direction in PASSES]
     found += [swiglu.case(device, (sizes.rows, sizes.hidden), bf16, direction) for direction in PASSES]
-    found.append(rotary.case(device, sizes.batch, sizes.keys, 8 * sizes.kv_heads, sizes.kv_heads, 128, bf16))
+    found.append(rotary.case(device, *sizes.rotary, 128, bf16))
     return [replace(case, slow=(*case.slow, AUTOTUNED)) if case.compiled else case for case in found]
 
 
 def _decode_cases(device: str, sizes: _Sizes) -> list[Case]:
-    found = attention_kvcache.case(
-        device, sizes.batch, 8 * sizes.kv_heads, sizes.kv_heads, sizes.keys, 128, torch.bfloat16
-    )
+    batch, heads, kv_heads, keys = sizes.decode
+    found = attention_kvcache.case(device, batch, heads, kv_heads, keys, 128, torch.bfloat16)
     return [replace(found, rivals=attention_kvcache.gpu_rivals())]
 
 
 def _training_cases(device: str, sizes: _Sizes) -> list[Case]:
-    millions = _training_step.counts(sizes.gpt)[0] / 1e6
-    label = f"GPT-2 {millions:.3g}M"
-    return [_training_step.case(label, sizes.gpt, sizes.gpt_batch, device, compiled=sizes is FULL)]
+    """With eager, and with what takes most of a minute to compile: the first is not to wait for the second."""
+    label = f"GPT-2 {_training_step.counts(sizes.gpt)[0] / 1e6:.3g}M"
+    step = _training_step.case(label, sizes.gpt, sizes.gpt_batch, device, compiles=sizes.compiles)
+    compiled: dict[str, Any] = {"timed": (COMPILED,), "slow": (_training_step.OURS_COMPILED,)}
+    return [replace(step, timed=("eager",)), replace(step, name=f"{step.name}, compiled", **compiled)]
 
 
 def _rehearsed(case: Case) -> Case:
@@ -153,7 +153,7 @@ def cases(device: str, small: bool = False) -> list[Case]:
     sizes = SMALL if small else FULL
     parts = (_attention_cases, _adamw_cases, _row_cases, _decode_cases, _training_cases)
     found = [case for part in parts for case in part(device, sizes)]
-    return [_rehearsed(case) for case in found] if small else found
+    return found if sizes.compiles else [_rehearsed(case) for case in found]
 
 
 def second_pass(case: Case, result: dict[str, Any]) -> Case | None:

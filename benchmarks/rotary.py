@@ -66,7 +66,7 @@ def make_liger(tables: Tables) -> Callable:
 def case(
     device: str, batch: int, seq: int, heads: int, kv_heads: int, size: int, dtype: torch.dtype, target: str = ""
 ) -> Case:
-    tables = Tables()
+    tables, short_tables = Tables(), Tables()
     rivals: dict[str, Callable | str] = {"eager": make_eager(tables)}
     if device == "cuda":
         rivals["Liger + clones"] = rival(functools.partial(make_liger, tables))
@@ -76,6 +76,8 @@ def case(
         name=f"{dtype_name(dtype)} B{batch} S{seq} {heads}:{kv_heads} heads D{size} forward+backward",
         direction="forward+backward",
         args=functools.partial(arguments, tables, batch, seq, heads, kv_heads, size, dtype, device),
+        check=functools.partial(arguments, short_tables, 1, min(seq, 1000), heads, kv_heads, size, dtype, device),
+        checked=(make_fused(short_tables), make_eager(short_tables)),
         rivals=rivals,
         bytes=4 * elements * dtype.itemsize,
         flops=6 * elements,

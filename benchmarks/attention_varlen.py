@@ -111,7 +111,7 @@ def case(
         checked=(functools.partial(ops.attention_varlen, is_causal=True), eager(short_masks)),
         rivals=found,
         compiled=not large,
-        timed=tuple(set(found) - {"eager", _attention.FLEX_AUTOTUNED}) if large else None,
+        timed=tuple(name for name in found if name not in ("eager", _attention.FLEX_AUTOTUNED)) if large else None,
         bytes=moved * {"forward": 1, "backward": 2, "forward+backward": 3}[direction],
         flops=_attention.flops(pairs, heads, size, direction),
         products=dtype,

@@ -253,20 +253,26 @@ def assert_kernels(explanation: backends.Explanation) -> None:
         raise AssertionError(f"fastllm would run {names}:\n{explanation}")
 
 
+def fallbacks(caught: list[warnings.WarningMessage]) -> list[str]:
+    """What warnings say of ops that fell back."""
+    return [str(warning.message) for warning in caught if issubclass(warning.category, fastllm.FallbackWarning)]
+
+
 @contextlib.contextmanager
 def no_fallback() -> Iterator[None]:
-    """Inside, an op that falls back is an error, even where its warning was given before.
+    """Asserts that no op falls back inside, not even one whose warning was given before.
 
     Raises:
-        AssertionError: with the warning.
+        AssertionError: with the warning, at the end. (Raised where it is given, it would be lost in C++.)
     """
     backends.warn_again()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", fastllm.FallbackWarning)
-        try:
-            yield
-        except fastllm.FallbackWarning as warning:
-            raise AssertionError(str(warning)) from warning
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    if found := fallbacks(caught):
+        raise AssertionError("; ".join(found))
+    for warning in caught:
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 class Race:
@@ -304,19 +310,20 @@ class Race:
         least, most = case.rounds
         self.rounds = min(most, max(least, int(2 * seconds / (time.perf_counter() - started))))
 
-    def _try(self, name: str, run: Callable[[], None]) -> None:
-        """Runs what a rival needs; it may fail in any way, and is skipped with the reason then."""
+    def _try(self, name: str, run: Callable[[], Any]) -> Any:
+        """What a rival's `run` returns. It may fail in any way; then the rival is skipped with the reason."""
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")  # torch warns of why a backend cannot run, and raises without the reason
-            if self._strict:
-                warnings.simplefilter("error", fastllm.FallbackWarning)
             try:
-                run()
+                result = run()
+                if self._strict and (found := fallbacks(caught)):
+                    raise AssertionError("; ".join(found))
+                return result
             except Exception as error:
                 message = "; ".join(map(str, [error, *(warning.message for warning in caught)]))
                 self.skipped[name] = " ".join(f"{type(error).__name__}: {message}".split())[:300]
-        if name in self.skipped:
-            free_memory(self.device)
+        free_memory(self.device)
+        return None
 
     def _add(self, name: str, make_contender: Callable[[], Contender] | str) -> None:
         timed = self.case.timed
@@ -324,8 +331,8 @@ class Race:
             return
         if isinstance(make_contender, str):
             self.skipped[name] = make_contender
-        else:
-            self._try(name, lambda: self.contenders.append(make_contender()))
+        elif contender := self._try(name, make_contender):
+            self.contenders.append(contender)
 
     def _add_ready(self, found: dict[str, Callable[[], Ready] | str]) -> None:
         def contender(name: str, make_ready: Callable[[], Ready]) -> Contender:

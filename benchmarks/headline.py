@@ -116,7 +116,7 @@ def _row_cases(device: str, sizes: _Sizes) -> list[Case]:
     found += [cross_entropy.case(device, sizes.rows, sizes.classes, bf16, direction) for direction in PASSES]
     found += [swiglu.case(device, (sizes.rows, sizes.hidden), bf16, direction) for direction in PASSES]
     found.append(rotary.case(device, *sizes.rotary, 128, bf16))
-    return [replace(case, slow=(*case.slow, AUTOTUNED)) if case.compiled else case for case in found]
+    return [replace(case, compiled=True, slow=(AUTOTUNED,)) for case in found]
 
 
 def _decode_cases(device: str, sizes: _Sizes) -> list[Case]:

@@ -22,7 +22,18 @@ from fastllm.benchmarks.harness import FORMAT, MUCH, achieved, rates
 RESULTS = Path(__file__).parent / "results"
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 COLORS = {"fastllm": "#1f5fbf", "eager": "#9aa3ad", "torch.compile": "#e08e2b", "Liger": "#3c9a5f"}
-MORE_COLORS = ("#8a5fb0", "#c2556b", "#4aa3a8", "#7d6b4f")
+MORE_COLORS = (
+    "#8a5fb0",
+    "#c2556b",
+    "#4aa3a8",
+    "#7d6b4f",
+    "#d6a3c9",
+    "#a8c66c",
+    "#5b7fa6",
+    "#e0c04f",
+    "#b0623a",
+    "#2f5d50",
+)
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -82,10 +93,12 @@ def _bars(data: dict[str, Any], path: Path, *, speedup: bool) -> None:
     ceiling that the case is measured by."""
     pyplot = require("matplotlib.pyplot", "bench")
     ops, names = _by_op(data), _contenders(data)
+    more = iter(MORE_COLORS * len(names))
+    colors = {name: COLORS[name] if name in COLORS else next(more) for name in names}
     if speedup:
         names = names[1:]
-    colors = {name: COLORS.get(name, MORE_COLORS[i % len(MORE_COLORS)]) for i, name in enumerate(names)}
-    heights = [0.5 + len(results) * (0.25 + 0.22 * len(names)) for results in ops.values()]
+    most = {op: max(len(result["contenders"]) for result in results) - speedup for op, results in ops.items()}
+    heights = [0.5 + len(results) * (0.25 + 0.22 * most[op]) for op, results in ops.items()]
     figure, axes = pyplot.subplots(len(ops), sharex=True, squeeze=False, height_ratios=heights, layout="constrained")
     figure.set_size_inches(9, sum(heights) + 1.4)
     ceiling = 1.0 if speedup else 100.0
@@ -96,8 +109,8 @@ def _bars(data: dict[str, Any], path: Path, *, speedup: bool) -> None:
             for i, name in enumerate(present):
                 rate = rates(result, name, data["ceilings"])
                 value = rate["speedup"] if speedup else 100 * rate["share"]
-                y = row + (i - (len(present) - 1) / 2) * 0.8 / len(names)
-                axis.barh(y, value, 0.74 / len(names), color=colors[name], zorder=2)
+                y = row + (i - (len(present) - 1) / 2) * 0.8 / most[op]
+                axis.barh(y, value, 0.74 / most[op], color=colors[name], zorder=2)
                 text = f"{value:.2f}x" if speedup else ", ".join(achieved(result, name, data["ceilings"]))
                 largest = max(largest, value)
                 box = {"fc": "white", "ec": "none", "pad": 0.4}
@@ -116,7 +129,7 @@ def _bars(data: dict[str, Any], path: Path, *, speedup: bool) -> None:
     axes[-1, 0].set_xlim(0, (1.12 if speedup else 1.45) * largest)  # room for the labels
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=colors[name]) for name in names]
     labels = [f"over {name}" if speedup else name for name in names]
-    figure.legend(handles, labels, loc="outside upper right", ncols=len(names), frameon=False)
+    figure.legend(handles, labels, loc="outside upper right", ncols=min(4, len(names)), frameon=False)
     figure.suptitle(_machine(data), x=0.01, ha="left", fontsize=11)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

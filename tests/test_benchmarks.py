@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 import time
+import types
 import warnings
 from pathlib import Path
 
@@ -313,6 +314,39 @@ def test_the_cache_is_flushed_by_reading():
     assert total.item() == 7, "all of it is read"
     assert scratch._version == version, "nothing is written into it"
     assert scratch.count_nonzero() == 3
+
+
+def test_the_order_of_a_turn_on_a_gpu(monkeypatch):
+    """Prepared, flushed, kept busy, and only then timed: the ceilings' calls and the contenders' alike."""
+    events: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            events.append("event")
+
+        def elapsed_time(self, end):
+            return 5.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: events.append("sleep"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: events.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: types.SimpleNamespace(L2_cache_size=1))
+    monkeypatch.setattr(harness, "flush_memory", lambda cache: (torch.zeros(1), torch.zeros(())))
+    monkeypatch.setattr(harness, "flush", lambda scratch, total: events.append("flush"))
+    contenders = [
+        harness.Contender(
+            name, lambda n=name: events.append(f"prepare {n}"), lambda _, n=name: events.append(f"call {n}")
+        )
+        for name in "ab"
+    ]
+    harness.Stopwatch("cuda").round(contenders)
+    turns = [[f"prepare {n}", "flush", "sleep", "event", f"call {n}", "event"] for n in "ab"]
+    assert events == [*turns[0], *turns[1], "synchronize"]
+    assert [c.seconds for c in contenders] == [[0.005], [0.005]]
+    assert all(len(c.host_seconds) == 1 for c in contenders)
 
 
 # Fastllm on its kernels, or not at all

@@ -78,7 +78,7 @@ class Case:
     """What one line of the results measures.
 
     Attributes:
-        op: name of the function in `fastllm.ops`.
+        op: name of the function in `fastllm.ops`, or of what `setup` sets up.
         name: what tells it from the op's other cases: dtype, shape, direction.
         direction: what is timed.
         args: draws the arguments; every floating tensor among them is differentiated.
@@ -411,7 +411,7 @@ class Race:
 
 
 def measure(case: Case, device: str, seconds: float) -> dict[str, Any]:
-    """Runs a race from start to end, frees its memory, and returns its result, as `Race` and `Race.result` have it."""
+    """The result of a race from start to end; what it raises, and how long it takes, are `Race`'s. Nothing is kept."""
     race = Race(case, device, seconds)
     with Disturbance() as others:
         for _ in range(WARMUP_ROUNDS + race.rounds):

@@ -13,15 +13,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from fastllm.benchmarks.harness import Direction
+from fastllm.benchmarks.harness import AUTOTUNE, Direction
 from fastllm.testing import make
 
-BACKENDS = {
+BACKENDS = {  # left to choose, SDPA takes flash on Hopper, where cuDNN is faster
     "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
     "SDPA flash": SDPBackend.FLASH_ATTENTION,
     "SDPA efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
+FLEX, FLEX_AUTOTUNED = "FlexAttention", "FlexAttention max-autotune"
 
 
 def visible(seq_q: int, seq_k: int, left: int, causal: bool, device) -> Tensor | None:
@@ -30,6 +32,9 @@ def visible(seq_q: int, seq_k: int, left: int, causal: bool, device) -> Tensor |
     ahead = torch.arange(seq_k, device=device) - torch.arange(seq_q, device=device)[:, None]
     seen = ahead <= 0 if causal else torch.ones_like(ahead, dtype=torch.bool)
     return seen & (ahead >= -left) if left >= 0 else seen
+
+
+_window_mask = functools.lru_cache(maxsize=1)(visible)  # is not made in the time of what needs it
 
 
 def eager(q: Tensor, k: Tensor, v: Tensor, *, left: int = -1, causal: bool = False) -> Tensor:
@@ -46,7 +51,7 @@ def eager(q: Tensor, k: Tensor, v: Tensor, *, left: int = -1, causal: bool = Fal
 
 def stock(q: Tensor, k: Tensor, v: Tensor, *, left: int = -1, causal: bool = False, backend=None) -> Tensor:
     """scaled_dot_product_attention; a window as a materialised mask, the only way it has."""
-    mask = visible(q.shape[2], k.shape[2], left, causal, q.device) if left >= 0 else None
+    mask = _window_mask(q.shape[2], k.shape[2], left, causal, q.device) if left >= 0 else None
     call = functools.partial(F.scaled_dot_product_attention, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
     if backend is None:
         return call(q, k, v, is_causal=causal and mask is None)
@@ -55,16 +60,18 @@ def stock(q: Tensor, k: Tensor, v: Tensor, *, left: int = -1, causal: bool = Fal
 
 
 @functools.cache
-def _flex() -> Callable:
-    from torch.nn.attention.flex_attention import flex_attention
+def _flex(mode: str | None) -> Callable:
+    return torch.compile(flex_attention, dynamic=False, mode=mode)
 
-    return torch.compile(flex_attention, dynamic=False)
+
+def flex(q: Tensor, k: Tensor, v: Tensor, *, block_mask: BlockMask | None = None, mode: str | None = None) -> Tensor:
+    """FlexAttention; on a CPU, where it has no compiled backward, as it is."""
+    attend = _flex(mode) if q.is_cuda else flex_attention
+    return attend(q, k, v, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1])
 
 
 @functools.cache
-def _block_mask(seq_q: int, seq_k: int, left: int, causal: bool, device: str):
-    from torch.nn.attention.flex_attention import create_block_mask
-
+def _block_mask(seq_q: int, seq_k: int, left: int, causal: bool, device: str) -> BlockMask:
     def seen(b, h, i, j):
         inside = i >= j if causal else i == i
         return inside & (i - j <= left) if left >= 0 else inside
@@ -72,18 +79,27 @@ def _block_mask(seq_q: int, seq_k: int, left: int, causal: bool, device: str):
     return create_block_mask(seen, None, None, seq_q, seq_k, device=device)
 
 
-def flex(q: Tensor, k: Tensor, v: Tensor, *, left: int = -1, causal: bool = False) -> Tensor:
+def _flex_window(q: Tensor, k: Tensor, v: Tensor, *, left: int, causal: bool, mode: str | None = None) -> Tensor:
     mask = _block_mask(q.shape[2], k.shape[2], left, causal, str(q.device)) if causal or left >= 0 else None
-    return _flex()(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+    return flex(q, k, v, block_mask=mask, mode=mode)
 
 
-def rivals(device: str, left: int, causal: bool) -> dict[str, Callable]:
-    found: dict[str, Callable] = {"eager": functools.partial(eager, left=left, causal=causal)}
-    if device == "cpu":
-        return found | {"SDPA": functools.partial(stock, left=left, causal=causal)}
+def rivals(device: str, left: int, causal: bool) -> dict[str, Callable | str]:
+    if device == "cuda":
+        return gpu_rivals(left, causal)
+    return {
+        "eager": functools.partial(eager, left=left, causal=causal),
+        "SDPA": functools.partial(stock, left=left, causal=causal),
+    }
+
+
+def gpu_rivals(left: int, causal: bool) -> dict[str, Callable | str]:
+    found: dict[str, Callable | str] = {"eager": functools.partial(eager, left=left, causal=causal)}
     for name, backend in BACKENDS.items():
         found[name] = functools.partial(stock, left=left, causal=causal, backend=backend)
-    return found | {"FlexAttention": functools.partial(flex, left=left, causal=causal)}
+    for name, mode in ((FLEX, None), (FLEX_AUTOTUNED, AUTOTUNE)):
+        found[name] = functools.partial(_flex_window, left=left, causal=causal, mode=mode)
+    return found
 
 
 def flops(pairs: int, heads: int, size: int, direction: Direction) -> int:

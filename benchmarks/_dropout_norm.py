@@ -36,11 +36,15 @@ def case(
     tensors = {"forward": 4, "backward": 5, "forward+backward": 9}[direction]
     operations = {"forward": 7, "backward": 11, "forward+backward": 18}[direction] + (4 if biased else 0)
     call: Callable = functools.partial(getattr(ops, op), p=P)
+    arguments = functools.partial(
+        _norm.arguments, dtype=dtype, parameters=dtype, device=device, biased=biased, added=True
+    )
     return Case(
         op=op,
         name=f"{dtype_name(dtype)} {rows}x{n} p={P} {direction}",
         direction=direction,
-        args=functools.partial(_norm.arguments, shape, dtype, dtype, device, biased=biased, added=True),
+        args=functools.partial(arguments, shape),
+        check=functools.partial(arguments, (min(rows, _norm.CHECKED_ROWS), n)),
         rivals={"eager": functools.partial(eager, biased=biased)},
         bytes=tensors * rows * n * dtype.itemsize,
         flops=operations * rows * n,

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastllm.benchmarks.harness import Case, Direction, dtype_name
+from fastllm.benchmarks.harness import Case, Direction, dtype_name, rival
 from fastllm.testing import make
 
 
@@ -20,32 +20,26 @@ def arguments(rows: int, n: int, dtype: torch.dtype, device: str) -> tuple[Tenso
     return tuple(make((rows, n), dtype, device, seed=i) for i in range(2))
 
 
-def liger(name: str) -> Callable | None:
-    """Liger-Kernel's function of this name, where it is installed. It takes a GPU's tensors only."""
-    for module in ("swiglu", "geglu"):
-        try:
-            function = getattr(importlib.import_module(f"liger_kernel.ops.{module}"), name, None)
-        except ImportError:
-            return None
-        if function is not None:
-            return function.apply
-    return None
+def liger(op: str, name: str) -> Callable:
+    """Liger-Kernel's function of this name. It takes a GPU's tensors only."""
+    return getattr(importlib.import_module(f"liger_kernel.ops.{op}"), name).apply
 
 
 def case(
-    op: str, eager: Callable, rival: str, device: str, shape: tuple[int, int], dtype: torch.dtype, direction: Direction,
-    target: str = "",
+    op: str, eager: Callable, ligers: str, device: str, shape: tuple[int, int], dtype: torch.dtype,
+    direction: Direction, target: str = "",
 ) -> Case:  # fmt: skip
     rows, n = shape
-    rivals: dict[str, Callable] = {"eager": eager}
-    if device == "cuda" and (found := liger(rival)):
-        rivals["Liger"] = found
+    rivals: dict[str, Callable | str] = {"eager": eager}
+    if device == "cuda":
+        rivals["Liger"] = rival(functools.partial(liger, op, ligers))
     tensors = {"forward": 3, "backward": 5, "forward+backward": 8}[direction]
     return Case(
         op=op,
         name=f"{dtype_name(dtype)} {rows}x{n} {direction}",
         direction=direction,
         args=functools.partial(arguments, rows, n, dtype, device),
+        check=functools.partial(arguments, min(rows, 1000), n, dtype, device),
         rivals=rivals,
         bytes=tensors * rows * n * dtype.itemsize,
         flops={"forward": 6, "backward": 14, "forward+backward": 20}[direction] * rows * n,
@@ -53,8 +47,9 @@ def case(
     )
 
 
-def cases(op: str, eager: Callable, rival: str, device: str, quick: bool) -> list[Case]:
-    make_case = functools.partial(case, op, eager, rival, device)
+def cases(case: Callable[..., Case], device: str, quick: bool) -> list[Case]:
+    """Those of swiglu's or geglu's `case`."""
+    make_case = functools.partial(case, device)
     if device == "cpu":
         main = make_case((2048, 2816), torch.float32, "forward+backward", target="1.3x eager, 1x torch.compile")
         return [main] if quick else [main, make_case((2048, 2816), torch.bfloat16, "forward+backward")]

@@ -12,8 +12,10 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 
-from fastllm.benchmarks.harness import Case, Direction, dtype_name
+from fastllm.benchmarks.harness import Case, Direction, dtype_name, rival
 from fastllm.testing import make
+
+CHECKED_ROWS = 1000
 
 
 def eager(*args, biased: bool, added: bool):
@@ -26,21 +28,19 @@ def eager(*args, biased: bool, added: bool):
     return norm(total, shape, *parameters), total
 
 
-def liger(biased: bool, added: bool) -> Callable | None:
-    """Liger-Kernel's function, where it is installed and has one. It takes a GPU's tensors only."""
-    try:
-        if added:
-            from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction as AddRMSNorm
-        else:
-            from liger_kernel.ops.layer_norm import LigerLayerNormFunction as LayerNorm
-            from liger_kernel.ops.rms_norm import LigerRMSNormFunction as RMSNorm
-    except ImportError:
-        return None
+def liger(biased: bool, added: bool) -> Callable:
+    """Liger-Kernel's function. It takes a GPU's tensors only."""
     eps = torch.finfo(torch.float32).eps  # RMSNorm's in torch
     if added:
-        return None if biased else lambda x, r, shape, weight: AddRMSNorm.apply(x, r, weight, eps)
+        from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction as AddRMSNorm
+
+        return lambda x, r, shape, weight: AddRMSNorm.apply(x, r, weight, eps)
     if biased:
+        from liger_kernel.ops.layer_norm import LigerLayerNormFunction as LayerNorm
+
         return lambda x, shape, weight, bias: LayerNorm.apply(x, weight, bias, 1e-5)
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction as RMSNorm
+
     return lambda x, shape, weight: RMSNorm.apply(x, weight, eps)
 
 
@@ -76,15 +76,19 @@ def case(
     )
     operations = ((8 if biased else 4) + added, (13 if biased else 9) + added)
     chosen = [i for i, part in enumerate(("forward", "backward")) if part in direction]
-    rivals: dict[str, Callable] = {"eager": functools.partial(eager, biased=biased, added=added)}
-    if device == "cuda" and (found := liger(biased, added)):
-        rivals["Liger"] = found
+    rivals: dict[str, Callable | str] = {"eager": functools.partial(eager, biased=biased, added=added)}
+    if device == "cuda":
+        has_one = not (biased and added)
+        rivals["Liger"] = rival(functools.partial(liger, biased, added)) if has_one else f"Liger has no {op}"
     mixed = "" if parameters == dtype else f", {dtype_name(parameters)} weight"
     return Case(
         op=op,
         name=f"{dtype_name(dtype)} {rows}x{n}{mixed} {direction}",
         direction=direction,
         args=functools.partial(arguments, shape, dtype, parameters, device, biased=biased, added=added),
+        check=functools.partial(
+            arguments, (min(rows, CHECKED_ROWS), n), dtype, parameters, device, biased=biased, added=added
+        ),
         rivals=rivals,
         bytes=sum(moved[i] for i in chosen),
         flops=sum(operations[i] for i in chosen) * rows * n,

@@ -17,4 +17,5 @@ def test_case(benchmark, case, device, seconds, progress):
     with harness.Disturbance() as others:
         benchmark.pedantic(race.round, rounds=race.rounds, warmup_rounds=harness.WARMUP_ROUNDS)
     benchmark.extra_info.update(race.result(others.share))
+    race.close()
     progress.finished(benchmark.extra_info)

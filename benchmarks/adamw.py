@@ -7,6 +7,7 @@ in `reference/adamw.py`.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,11 +15,12 @@ import torch
 from torch import Tensor
 
 from fastllm.backends import use_backend
-from fastllm.benchmarks.harness import Case, Ready, dtype_name
+from fastllm.benchmarks.harness import COMPILED, NOT_COMPILED, Case, Ready, dtype_name
 from fastllm.optim import AdamW
 from fastllm.testing import assert_within_budget, make, sample
 
 FLOPS = 15
+CONTENDERS = 4
 HYPER = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "weight_decay": 1e-2, "eps": 1e-8}  # torch's defaults
 
 
@@ -70,8 +72,9 @@ def setup(
     device: str,
     max_norm: float | None,
     kept: bool,
+    compiles: bool,
     options: dict[str, Any],
-) -> dict[str, Ready]:
+) -> dict[str, Callable[[], Ready] | str]:
     check(dtype, device, max_norm, options)
 
     def ready(make_step: Callable[[list[Tensor]], Callable[[], Any]]) -> Ready:
@@ -99,13 +102,20 @@ def setup(
 
         return ready(make_step)
 
-    found = {
-        "fastllm": ready(lambda params: AdamW(params, fused=device == "cuda", max_norm=max_norm, **options).step),
-        "eager": stock(),
-        "torch fused": stock(fused=True),
+    def mine(params: list[Tensor]) -> Callable[[], Any]:
+        return AdamW(params, fused=device == "cuda", max_norm=max_norm, **options).step
+
+    found: dict[str, Callable[[], Ready] | str] = {
+        "fastllm": lambda: ready(mine),
+        "eager": stock,
+        "torch fused": lambda: stock(fused=True),
     }
-    if count == 1:  # 2,000 tensors take it minutes
-        found["torch.compile"] = stock(compiled=True, **({"capturable": True} if device == "cuda" else {}))
+    if count > 1:
+        found[COMPILED] = "takes minutes to compile for many tensors"
+    elif not compiles:
+        found[COMPILED] = NOT_COMPILED
+    else:
+        found[COMPILED] = lambda: stock(compiled=True, **({"capturable": True} if device == "cuda" else {}))
     return found
 
 
@@ -118,6 +128,7 @@ def case(
     max_norm: float | None = None,
     label: str = "",
     kept: bool = False,
+    compiles: bool = True,
     extra_bytes: float = 0,
     target: str = "",
     **options: Any,
@@ -140,8 +151,15 @@ def case(
         flops=FLOPS * count * size,
         target=target,
         inference=True,
-        setup=functools.partial(setup, count, size, dtype, device, max_norm, kept, options),
+        setup=functools.partial(setup, count, size, dtype, device, max_norm, kept, compiles, options),
     )
+
+
+def elements(dtype: torch.dtype) -> int:
+    """2^30, or the largest smaller power of two with which all contenders fit on the GPU side by side: each has the
+    parameters, two moments, gradients and those that it is given anew, and a third is left for what eager makes."""
+    memory = torch.cuda.get_device_properties().total_memory if torch.cuda.is_available() else 80 * 2**30
+    return 2 ** min(30, int(math.log2(memory * 2 / 3 / (5 * dtype.itemsize * CONTENDERS))))
 
 
 def cases(device: str, quick: bool) -> list[Case]:
@@ -155,17 +173,15 @@ def cases(device: str, quick: bool) -> list[Case]:
             case("cpu", 1, 32 * million, torch.float32, max_norm=1.0, target="1.25x torch fused"),
         ]
         return found[:1] if quick else found
-    # 16 bytes a parameter in float32, four contenders.
-    memory = torch.cuda.get_device_properties().total_memory if torch.cuda.is_available() else 0
-    size = 2**30 if memory > 100 * 2**30 else 2**28
+    single, half = elements(torch.float32), elements(torch.bfloat16)
     goal = "85% of copy"
     found = [
-        case(device, 1, size, torch.float32, target=f"{goal}, 1x torch fused"),
-        case(device, 1, size, torch.bfloat16, target=f"{goal}, 1.3x torch fused"),
+        case(device, 1, single, torch.float32, target=f"{goal}, 1x torch fused"),
+        case(device, 1, half, torch.bfloat16, target=f"{goal}, 1.3x torch fused"),
         case(
             device,
             1,
-            size,
+            single,
             torch.bfloat16,
             label=" fp32 moments",
             extra_bytes=8,
@@ -175,16 +191,16 @@ def cases(device: str, quick: bool) -> list[Case]:
         case(
             device,
             1,
-            size,
+            single,
             torch.bfloat16,
             label=" remainder, fp32 moments",
             extra_bytes=12,
             target=goal,
             master_weights="remainder",
         ),
-        case(device, 1, size, torch.bfloat16, label=" 8-bit moments", extra_bytes=-4, moment_dtype=torch.uint8),
+        case(device, 1, single, torch.bfloat16, label=" 8-bit moments", extra_bytes=-4, moment_dtype=torch.uint8),
         case(device, 2000, 1024, torch.float32, kept=True, target="2x torch fused"),
         case(device, 2000, 1024, torch.float32),
-        case(device, 1, size, torch.float32, max_norm=1.0),
+        case(device, 1, single, torch.float32, max_norm=1.0),
     ]
     return found[:1] if quick else found

@@ -34,7 +34,9 @@ def case(
         rivals=_attention.rivals(device, left, causal),
         bytes=read * {"forward": 1, "backward": 2, "forward+backward": 3}[direction],
         flops=_attention.flops(batch * pairs, heads, size, direction),
+        products=dtype,
         target=target,
+        slow=(_attention.FLEX_AUTOTUNED,),
         kwargs={"is_causal": causal, "window_size": (left, -1), "enable_gqa": True},
     )
 

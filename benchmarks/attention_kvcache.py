@@ -1,25 +1,35 @@
-"""attention_kvcache: one new token over a long cache, grouped heads, against SDPA."""
+"""attention_kvcache: one new token over a long cache, grouped heads, against SDPA's backends and FlexAttention.
+
+It is measured by bytes: a key and a value are read for two products of one row.
+"""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
-from torch.nn import functional as F
+from torch import Tensor
 
-from fastllm.benchmarks.harness import Case, dtype_name
+from fastllm.benchmarks import _attention
+from fastllm.benchmarks.harness import AUTOTUNE, Case, dtype_name
 from fastllm.testing import make
 
 
-def stock(q, k_cache, v_cache, cache_seqlens):
-    k, v = k_cache[:, :, :cache_seqlens], v_cache[:, :, :cache_seqlens]
-    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+def on_cut_cache(attend: Callable) -> Callable:
+    def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: int) -> Tensor:
+        return attend(q, k_cache[:, :, :cache_seqlens], v_cache[:, :, :cache_seqlens])
+
+    return attention
 
 
-def eager(q, k_cache, v_cache, cache_seqlens):
-    group = q.shape[1] // k_cache.shape[1]
-    k, v = (x[:, :, :cache_seqlens].repeat_interleave(group, 1) for x in (k_cache, v_cache))
-    return torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, -1) @ v
+def gpu_rivals() -> dict[str, Callable | str]:
+    found: dict[str, Callable | str] = {"eager": on_cut_cache(_attention.eager), "SDPA": on_cut_cache(_attention.stock)}
+    for name, backend in _attention.BACKENDS.items():
+        found[name] = on_cut_cache(functools.partial(_attention.stock, backend=backend))
+    for name, mode in ((_attention.FLEX, None), (_attention.FLEX_AUTOTUNED, AUTOTUNE)):
+        found[name] = on_cut_cache(functools.partial(_attention.flex, mode=mode))
+    return found
 
 
 def arguments(batch: int, heads: int, kv_heads: int, length: int, size: int, dtype: torch.dtype, device: str) -> tuple:
@@ -29,15 +39,17 @@ def arguments(batch: int, heads: int, kv_heads: int, length: int, size: int, dty
 
 
 def case(device: str, batch: int, heads: int, kv_heads: int, length: int, size: int, dtype: torch.dtype) -> Case:
+    rivals = gpu_rivals()
     return Case(
         op="attention_kvcache",
         name=f"{dtype_name(dtype)} B{batch} {heads}:{kv_heads} heads {length} keys D{size}",
         direction="forward",
         args=functools.partial(arguments, batch, heads, kv_heads, length, size, dtype, device),
-        rivals={"eager": eager, "SDPA": stock},
+        rivals=rivals if device == "cuda" else {name: rivals[name] for name in ("eager", "SDPA")},
         bytes=2 * batch * kv_heads * length * size * dtype.itemsize,
         flops=4 * batch * heads * length * size,
         inference=True,
+        slow=(_attention.FLEX_AUTOTUNED,),
     )
 
 

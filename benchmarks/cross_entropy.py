@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastllm import ops
-from fastllm.benchmarks.harness import Case, Direction, dtype_name
+from fastllm.benchmarks.harness import Case, Direction, dtype_name, rival
 from fastllm.testing import make
 
 
@@ -38,11 +38,9 @@ def in_place(input: Tensor, target: Tensor) -> Tensor:
     return ops.cross_entropy(_Computed.apply(input), target, inplace=True)
 
 
-def liger() -> Callable | None:
-    try:
-        from liger_kernel.transformers.functional import liger_cross_entropy
-    except ImportError:
-        return None
+def liger() -> Callable:
+    from liger_kernel.transformers.functional import liger_cross_entropy
+
     # It overwrites the logits. (What it finds there from its second turn on is its own gradient.)
     return lambda input, target: liger_cross_entropy(_Computed.apply(input), target)
 
@@ -57,9 +55,9 @@ def case(
     overwrite: bool = False,
 ) -> Case:
     logits = rows * classes * dtype.itemsize
-    rivals: dict[str, Callable] = {"eager": F.cross_entropy}
-    if device == "cuda" and (found := liger()):
-        rivals["Liger"] = found
+    rivals: dict[str, Callable | str] = {"eager": F.cross_entropy}
+    if device == "cuda":
+        rivals["Liger"] = rival(liger)
     return Case(
         op="cross_entropy",
         name=f"{dtype_name(dtype)} {rows}x{classes}{' in place' if overwrite else ''} {direction}",

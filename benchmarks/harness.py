@@ -6,12 +6,19 @@ What the numbers are:
   that it is the GPU's time and not Python's.
 - The contenders take turns, in an order that rotates from round to round, so that a change of the machine's speed meets
   all of them. The figure is the median over the rounds; the quartiles tell the noise.
+- A GPU's cache is flushed by reading memory several times its size. What ran before is written back then, and the lines
+  that stay are clean: they cost the call nothing. (Flushed by writing, the cache is full of lines that the call would
+  have to write back first.)
 - On a CPU the allocator keeps freed memory. By default glibc returns large blocks and faults them in again, depending
   on what ran before: that alone made eager's rms_norm take 17 ms or 40 ms, which would count for fastllm.
 - GB/s and TFLOP/s are the bytes that must move (each input read once, each output written once) and the operations that
-  must be done, over the time. What a contender moves beyond that counts against it.
-- The ceiling beside them is the best that the same machine did in the same run: a large copy, counted as read and
-  written, and a large matrix product. A case whose tensors fit in a CPU's cache can pass the copy.
+  must be done, over the time. What a contender moves beyond that counts against it. A case says which of the two it is
+  measured by: TFLOP/s where matrix products take most of the time, GB/s elsewhere.
+- The ceiling beside them is what the same machine reached in the same run: a large copy, counted as read and written,
+  and a large matrix product of the same dtype. They are timed by what times the contenders, and are medians as well,
+  taken before and after the cases; the ceiling is the mean of the two. A case whose tensors, or whose outputs, fit in
+  the cache can pass the copy.
+- On a GPU fastllm must run on its kernels: where it would fall back to stock PyTorch, the case fails.
 """
 
 from __future__ import annotations
@@ -29,6 +36,7 @@ import platform
 import re
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,16 +46,23 @@ import torch
 from torch import Tensor
 
 import fastllm
-from fastllm import ops
+from fastllm import backends, ops
 from fastllm.testing import check_op, check_outputs, make, outputs_of
 
 Direction = Literal["forward", "backward", "forward+backward"]
 
+FORMAT = 2  # of the results
 WARMUP_ROUNDS = 3
 MIN_ROUNDS, MAX_ROUNDS = 15, 300
+CEILING_ROUNDS = 15
 MUCH = 0.05  # of the CPUs for other processes: figures measured beside them are not to be relied on
-# GPU cycles that a stream is kept busy for before a timed call, while Python queues the call: about 0.3 ms.
-GPU_HEAD_START = 500_000
+# GPU cycles that a stream is kept busy for before a timed call, while Python queues the call: about 1 ms.
+GPU_HEAD_START = 2_000_000
+NOT_COMPILED = "nothing is compiled in a rehearsal"
+COMPILED, AUTOTUNED = "torch.compile", "torch.compile max-autotune"
+# Tries more kernels for each operation, products among them. The mode with CUDA graphs would copy the arguments into
+# buffers of its own within the timed call, for a saving in Python's time that is not timed here.
+AUTOTUNE = "max-autotune-no-cudagraphs"
 
 
 class Ready(NamedTuple):
@@ -63,14 +78,16 @@ class Case:
     """What one line of the results measures.
 
     Attributes:
-        op: name of the function in `fastllm.ops`.
+        op: name of the function in `fastllm.ops`, or of what `setup` sets up.
         name: what tells it from the op's other cases: dtype, shape, direction.
         direction: what is timed.
         args: draws the arguments; every floating tensor among them is differentiated.
-        rivals: functions of the same arguments by name. "eager" must be among them: it is also what torch.compile gets,
-            and fastllm's error is compared with its.
+        rivals: functions of the same arguments by name; for one that is not there, the reason. "eager" must be among
+            them: it is also what torch.compile gets, and fastllm's error is compared with its.
         bytes: that must move.
         flops: that must be done.
+        products: dtype of the matrix products that take most of the time; None where moving bytes does.
+        tokens: that a training step takes, where the case is one.
         target: for the reader: what is aimed at.
         kwargs: fastllm's keyword arguments; the rivals know theirs.
         call: what is timed as fastllm, where that is not the op itself.
@@ -79,19 +96,24 @@ class Case:
         inference: the op has no gradient.
         overwrites: `call` writes into its arguments, which are restored before each turn.
         rounds: how many are timed at the least and at the most; fewer where one takes seconds.
-        compiled: whether torch.compile of eager is timed, too.
-        setup: for what is not a function of tensors: checks correctness and returns, by name, what to call before a
-            timed call and what to time, with "fastllm" and "eager" among them. `args` are then for `fastllm.explain`
-            only.
+        compiled: whether torch.compile of eager is among the rivals, too.
+        slow: names of rivals that take minutes to compile. They are timed only where `timed` names them.
+        timed: the rivals to time; None for all but the slow ones.
+        fallback: fastllm may run on stock PyTorch on a GPU.
+        setup: for what is not a function of tensors: checks correctness and returns, by name, what makes a contender,
+            or the reason why it is not there, with "fastllm" and "eager" among them. `args` are then for
+            `fastllm.explain` only.
     """
 
     op: str
     name: str
     direction: Direction
     args: Callable[[], tuple]
-    rivals: dict[str, Callable]
+    rivals: dict[str, Callable | str]
     bytes: int
     flops: int
+    products: torch.dtype | None = None
+    tokens: int = 0
     target: str = ""
     kwargs: dict[str, Any] = field(default_factory=dict)
     call: Callable | None = None
@@ -101,7 +123,10 @@ class Case:
     overwrites: bool = False
     rounds: tuple[int, int] = (MIN_ROUNDS, MAX_ROUNDS)
     compiled: bool = True
-    setup: Callable[[], dict[str, Ready]] | None = None
+    slow: tuple[str, ...] = ()
+    timed: tuple[str, ...] | None = None
+    fallback: bool = False
+    setup: Callable[[], dict[str, Callable[[], Ready] | str]] | None = None
 
 
 @dataclass
@@ -160,69 +185,19 @@ def _on_copies(op: Callable) -> Callable:
     return on_copies
 
 
-class Race:
-    """Fastllm and its rivals on one case.
+class Stopwatch:
+    """Times calls on a device: those of contenders, and those that the ceilings are made of."""
 
-    Raises:
-        AssertionError: if fastllm's outputs or gradients are not within the error budget; nothing was timed then.
-    """
+    def __init__(self, device: str):
+        self._scratch: Tensor | None = None
+        if device == "cuda":
+            self._scratch, self._total = flush_memory(torch.cuda.get_device_properties().L2_cache_size)
 
-    def __init__(self, case: Case, device: str, seconds: float):
-        self.case, self.device = case, device
-        self.skipped: dict[str, str] = {}
-        self.contenders: list[Contender] = []
-        args = case.args()
-        self.backend = fastllm.explain(case.call or getattr(ops, case.op), *args, **case.kwargs).backend
-        torch.compiler.reset()  # a function compiled for another case would be compiled again with dynamic shapes
-        if case.setup is not None:
-            self._add_ready(case.setup())
-        else:
-            self._add_functions(case, args)
-        self._turn = 0
-        self._scratch = torch.empty(_flush_bytes(), dtype=torch.int8, device=device) if device == "cuda" else None
-        started = time.perf_counter()
-        self.round()
-        self.round()
-        least, most = case.rounds
-        self.rounds = min(most, max(least, int(2 * seconds / (time.perf_counter() - started))))
-
-    def _try(self, name: str, make_contender: Callable[[], Contender]) -> None:
-        try:
-            self.contenders.append(make_contender())
-        except Exception as error:  # a rival may fail in any way; say so and go on
-            self.skipped[name] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-
-    def _add_ready(self, found: dict[str, Ready]) -> None:
-        def contender(name: str, ready: Ready) -> Contender:
-            ready.prepare()
-            ready.call()  # compiles, and shows now rather than later what cannot run
-            return Contender(name, ready.prepare, lambda _: ready.call(), peak_bytes=ready.peak_bytes)
-
-        self.contenders.append(contender("fastllm", found.pop("fastllm")))
-        for name, ready in found.items():
-            self._try(name, functools.partial(contender, name, ready))
-
-    def _add_functions(self, case: Case, args: tuple) -> None:
-        op = case.call or getattr(ops, case.op)
-        op = functools.partial(op, **case.kwargs) if case.kwargs else op
-        check = check_outputs if case.inference else check_op
-        ours, stock = case.checked or (op, case.rivals["eager"])
-        check(_on_copies(ours), stock, args if case.check is None else case.check())
-        rivals = dict(case.rivals)
-        if case.compiled:
-            rivals["torch.compile"] = torch.compile(case.rivals["eager"], fullgraph=True, dynamic=False)
-        self.contenders.append(_contender("fastllm", op, case, args))
-        for name, fn in rivals.items():
-            self._try(name, functools.partial(_contender, name, fn, case, args))
-
-    def round(self) -> None:
+    def round(self, order: list[Contender]) -> None:
         """Times every contender once."""
-        first = self._turn % len(self.contenders)
-        order = self.contenders[first:] + self.contenders[:first]
-        self._turn += 1
-        self._round_gpu(order) if self._scratch is not None else self._round_cpu(order)
+        self._on_cpu(order) if self._scratch is None else self._on_gpu(order, self._scratch)
 
-    def _round_cpu(self, order: list[Contender]) -> None:
+    def _on_cpu(self, order: list[Contender]) -> None:
         for contender in order:
             prepared = contender.prepare()
             started = time.perf_counter()
@@ -230,13 +205,12 @@ class Race:
             contender.seconds.append(time.perf_counter() - started)
             del result  # here, so that freeing it is not timed
 
-    def _round_gpu(self, order: list[Contender]) -> None:
-        assert self._scratch is not None
+    def _on_gpu(self, order: list[Contender], scratch: Tensor) -> None:
         events = []
         for contender in order:
             prepared = contender.prepare()
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            self._scratch.zero_()
+            flush(scratch, self._total)
             torch.cuda._sleep(GPU_HEAD_START)
             start.record()
             called = time.perf_counter()
@@ -248,6 +222,166 @@ class Race:
         for contender, start, end in events:
             contender.seconds.append(start.elapsed_time(end) / 1e3)
 
+
+def flush_memory(cache_bytes: int, device: str = "cuda") -> tuple[Tensor, Tensor]:
+    """What `flush` takes: memory more than four times as large as the cache, and a place for its sum."""
+    elements = max(256 * 2**20, 5 * cache_bytes) // 4
+    return torch.zeros(elements, device=device), torch.zeros((), device=device)
+
+
+def flush(scratch: Tensor, total: Tensor) -> None:
+    """Reads the scratch, so that nothing else is left in the cache, and writes one number."""
+    torch.sum(scratch, 0, out=total)
+
+
+def free_memory(device: str) -> None:
+    """Gives back what earlier cases have held, in cycles too."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def assert_kernels(explanation: backends.Explanation) -> None:
+    """Asserts that every op that the call makes has a kernel of ours.
+
+    Raises:
+        AssertionError: naming those that run on stock PyTorch.
+    """
+    stock = [line for line in explanation if line.chosen and line.backend in ("torch", "reference")]
+    if stock:
+        names = ", ".join(f"{line.op} on {line.backend}" for line in stock)
+        raise AssertionError(f"fastllm would run {names}:\n{explanation}")
+
+
+def fallbacks(caught: list[warnings.WarningMessage]) -> list[str]:
+    """What warnings say of ops that fell back."""
+    return [str(warning.message) for warning in caught if issubclass(warning.category, fastllm.FallbackWarning)]
+
+
+@contextlib.contextmanager
+def no_fallback() -> Iterator[None]:
+    """Asserts that no op falls back inside, not even one whose warning was given before.
+
+    Raises:
+        AssertionError: with the warning, at the end. (Raised where it is given, it would be lost in C++.)
+    """
+    backends.warn_again()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    if found := fallbacks(caught):
+        raise AssertionError("; ".join(found))
+    for warning in caught:
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
+class Race:
+    """Fastllm and its rivals on one case. `measure` runs one from start to end.
+
+    Raises:
+        AssertionError: if fastllm's outputs or gradients are not within the error budget, or it would not run on its
+            kernels on a GPU; nothing was timed then.
+    """
+
+    def __init__(self, case: Case, device: str, seconds: float):
+        self.case, self.device = case, device
+        self.skipped: dict[str, str] = {}
+        self.contenders: list[Contender] = []
+        free_memory(device)
+        torch.compiler.reset()  # a function compiled for another case would be compiled again with dynamic shapes
+        self._strict = device == "cuda" and not case.fallback
+        with no_fallback() if self._strict else contextlib.nullcontext():
+            args = case.args()
+            explanation = fastllm.explain(case.call or getattr(ops, case.op), *args, **case.kwargs)
+            self.backend = explanation.backend
+            if self._strict:
+                assert_kernels(explanation)
+            if case.setup is not None:
+                self._add_ready(case.setup())
+            else:
+                self._add_functions(case, args)
+            del args
+            self._turn = 0
+            self._watch = Stopwatch(device)
+            self._settle()
+        started = time.perf_counter()
+        self.round()
+        self.round()
+        least, most = case.rounds
+        self.rounds = min(most, max(least, int(2 * seconds / (time.perf_counter() - started))))
+
+    def _try(self, name: str, run: Callable[[], Any]) -> Any:
+        """What a rival's `run` returns. It may fail in any way; then the rival is skipped with the reason."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")  # torch warns of why a backend cannot run, and raises without the reason
+            try:
+                result = run()
+                if self._strict and (found := fallbacks(caught)):
+                    raise AssertionError("; ".join(found))
+                return result
+            except Exception as error:
+                message = "; ".join(map(str, [error, *(warning.message for warning in caught)]))
+                self.skipped[name] = " ".join(f"{type(error).__name__}: {message}".split())[:300]
+        free_memory(self.device)
+        return None
+
+    def _add(self, name: str, make_contender: Callable[[], Contender] | str) -> None:
+        timed = self.case.timed
+        if name in self.case.slow if timed is None else name not in timed:
+            return
+        if isinstance(make_contender, str):
+            self.skipped[name] = make_contender
+        elif contender := self._try(name, make_contender):
+            self.contenders.append(contender)
+
+    def _add_ready(self, found: dict[str, Callable[[], Ready] | str]) -> None:
+        def contender(name: str, make_ready: Callable[[], Ready]) -> Contender:
+            ready = make_ready()
+            ready.prepare()
+            ready.call()  # compiles, and shows now rather than later what cannot run
+            return Contender(name, ready.prepare, lambda _: ready.call(), peak_bytes=ready.peak_bytes)
+
+        ours = found.pop("fastllm")
+        assert not isinstance(ours, str)
+        self.contenders.append(contender("fastllm", ours))
+        for name, rival in found.items():
+            self._add(name, rival if isinstance(rival, str) else functools.partial(contender, name, rival))
+
+    def _add_functions(self, case: Case, args: tuple) -> None:
+        op = case.call or getattr(ops, case.op)
+        op = functools.partial(op, **case.kwargs) if case.kwargs else op
+        check = check_outputs if case.inference else check_op
+        eager = case.rivals["eager"]
+        assert not isinstance(eager, str)
+        ours, stock = case.checked or (op, eager)
+        check(_on_copies(ours), stock, args if case.check is None else case.check())
+        rivals = dict(case.rivals)
+        if case.compiled:
+            rivals[COMPILED] = torch.compile(eager, fullgraph=True, dynamic=False)
+            if AUTOTUNED in case.slow:
+                rivals[AUTOTUNED] = torch.compile(eager, fullgraph=True, dynamic=False, mode=AUTOTUNE)
+        self.contenders.append(_contender("fastllm", op, case, args))
+        for name, rival in rivals.items():
+            self._add(name, rival if isinstance(rival, str) else functools.partial(_contender, name, rival, case, args))
+
+    def _settle(self) -> None:
+        """A first turn for each, with all others' memory held: a rival that does not fit beside them is skipped."""
+        ours, *rivals = self.contenders
+        self._watch.round([ours])
+        for rival in rivals:
+            self._try(rival.name, functools.partial(self._watch.round, [rival]))
+        self.contenders = [ours, *(rival for rival in rivals if rival.name not in self.skipped)]
+
+    def round(self) -> None:
+        """Times every contender once."""
+        first = self._turn % len(self.contenders)
+        self._turn += 1
+        self._watch.round(self.contenders[first:] + self.contenders[:first])
+
+    def close(self) -> None:
+        """Lets go of the contenders and what they hold; there is no result from then on."""
+        self.contenders = []
+
     def result(self, others: float) -> dict[str, Any]:
         """The figures of the last `rounds` rounds, as what `json.dumps` takes; `others` is a `Disturbance`'s share."""
         case = self.case
@@ -258,6 +392,8 @@ class Race:
             "backend": self.backend,
             "bytes": case.bytes,
             "flops": case.flops,
+            "products": case.products and dtype_name(case.products),
+            "tokens": case.tokens,
             "target": case.target,
             "rounds": self.rounds,
             "others": None if math.isnan(others) else round(others, 3),
@@ -274,6 +410,17 @@ class Race:
         return figures
 
 
+def measure(case: Case, device: str, seconds: float) -> dict[str, Any]:
+    """The result of a race from start to end; what it raises, and how long it takes, are `Race`'s. Nothing is kept."""
+    race = Race(case, device, seconds)
+    with Disturbance() as others:
+        for _ in range(WARMUP_ROUNDS + race.rounds):
+            race.round()
+    result = race.result(others.share)
+    race.close()
+    return result
+
+
 def summary(seconds: list[float]) -> dict[str, float]:
     """Median, quartiles and minimum in milliseconds, and the noise: half the quartiles' distance over the median."""
     low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
@@ -283,15 +430,43 @@ def summary(seconds: list[float]) -> dict[str, float]:
 
 
 def rates(result: dict[str, Any], contender: str, ceilings: dict[str, float]) -> dict[str, float]:
-    """What a contender of a result achieved: gb_s, copy_share (of the copy's GB/s), tflop_s and fastllm's speed-up."""
+    """What a contender of a result achieved: gb_s, tflop_s, tokens_s (0 where there are none), fastllm's speedup over
+    it, and its share of what the case is measured by: the copy, or the products of its dtype."""
     median = result["contenders"][contender]["median_ms"]
-    gb_s = result["bytes"] / median / 1e6
+    gb_s, tflop_s = result["bytes"] / median / 1e6, result["flops"] / median / 1e9
+    products = result["products"]
     return {
         "gb_s": gb_s,
-        "copy_share": gb_s / ceilings["copy_gb_s"],
-        "tflop_s": result["flops"] / median / 1e9,
+        "tflop_s": tflop_s,
+        "tokens_s": 1e3 * result["tokens"] / median,
+        "share": tflop_s / ceilings[f"matmul_{products}_tflop_s"] if products else gb_s / ceilings["copy_gb_s"],
         "speedup": median / result["contenders"]["fastllm"]["median_ms"],
     }
+
+
+def achieved(result: dict[str, Any], contender: str, ceilings: dict[str, float]) -> tuple[str, str]:
+    """The rate that a case is measured by, and its share of the ceiling, for readers.
+
+    ("2712 GB/s", "91% of copy"), ("412 TFLOP/s", "60% of bf16 matmul"), or, for a training step, whose share is the
+    model FLOPs utilization of Chowdhery et al. (2022), ("401,234 tokens/s", "MFU 50% of 690 TFLOP/s").
+    """
+    rate, products = rates(result, contender, ceilings), result["products"]
+    if not products:
+        return f"{rate['gb_s']:.4g} GB/s", f"{rate['share']:.0%} of copy"
+    if not result["tokens"]:
+        return f"{rate['tflop_s']:.3g} TFLOP/s", f"{rate['share']:.0%} of {products} matmul"
+    peak = ceilings[f"matmul_{products}_tflop_s"]
+    return f"{rate['tokens_s']:,.0f} tokens/s", f"MFU {rate['share']:.0%} of {peak:.3g} TFLOP/s"
+
+
+def rival(find: Callable[[], Callable]) -> Callable | str:
+    """What `find` imports and returns; where this machine does not have it, the reason."""
+    try:
+        return find()
+    except ModuleNotFoundError as error:
+        return f"no module {error.name!r} is installed"
+    except (ImportError, AttributeError) as error:
+        return str(error)
 
 
 class Disturbance:
@@ -326,41 +501,32 @@ class Disturbance:
 # Ceilings and facts of the machine
 
 
-def _flush_bytes() -> int:
-    return max(256 * 2**20, 4 * torch.cuda.get_device_properties().L2_cache_size)
-
-
-def _best_seconds(call: Callable[[], Any], device: str) -> float:
-    samples = []
-    for _ in range(15):
-        if device == "cuda":
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            torch.cuda._sleep(GPU_HEAD_START)
-            start.record()
-            call()
-            end.record()
-            torch.cuda.synchronize()
-            samples.append(start.elapsed_time(end) / 1e3)
-        else:
-            started = time.perf_counter()
-            call()
-            samples.append(time.perf_counter() - started)
-    return min(samples)
-
-
 def measure_ceilings(device: str) -> dict[str, float]:
-    """What the machine reaches at its best: `copy_gb_s`, read and written, and `matmul_<dtype>_tflop_s`."""
+    """What the machine reaches, timed as contenders are: `copy_gb_s`, read and written; `matmul_<dtype>_tflop_s`."""
     elements = (2**30 if device == "cuda" else 2**28) // 4  # far more than any cache
     source = make((elements,), torch.float32, device)
-    target = torch.empty_like(source)
-    found = {"copy_gb_s": 2 * 4 * elements / _best_seconds(lambda: target.copy_(source), device) / 1e9}
+    calls: dict[str, Callable[[], Any]] = {"copy_gb_s": functools.partial(torch.empty_like(source).copy_, source)}
+    work = {"copy_gb_s": 2 * 4 * elements / 1e9}
     size = 8192 if device == "cuda" else 1024
     for dtype in (torch.float32, torch.bfloat16):
+        name = f"matmul_{dtype_name(dtype)}_tflop_s"
         a, b = make((size, size), dtype, device), make((size, size), dtype, device, seed=1)
-        out = torch.empty_like(a)
-        seconds = _best_seconds(functools.partial(torch.mm, a, b, out=out), device)
-        found[f"matmul_{dtype_name(dtype)}_tflop_s"] = 2 * size**3 / seconds / 1e12
-    return {key: float(f"{value:.4g}") for key, value in found.items()}
+        calls[name] = functools.partial(torch.mm, a, b, out=torch.empty_like(a))
+        work[name] = 2 * size**3 / 1e12
+    contenders = [Contender(name, lambda: None, lambda _, call=call: call()) for name, call in calls.items()]  # type: ignore[misc]
+    watch = Stopwatch(device)
+    for _ in range(WARMUP_ROUNDS + CEILING_ROUNDS):
+        watch.round(contenders)
+    return {c.name: _rounded(work[c.name] / statistics.median(c.seconds[-CEILING_ROUNDS:])) for c in contenders}
+
+
+def mean_ceilings(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
+    """The ceilings of a run, from those measured before and after its cases: neither the better nor the worse."""
+    return {key: _rounded((value + after[key]) / 2) for key, value in before.items()}
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -403,15 +569,17 @@ def keep_freed_memory() -> None:
 
 @contextlib.contextmanager
 def quiet_machine(threads: int | None) -> Iterator[None]:
-    """No garbage collection, freed memory kept, and `threads` CPU threads where given."""
+    """No garbage collection but between cases, freed memory kept, and `threads` CPU threads where given."""
     keep_freed_memory()
     before, collects = torch.get_num_threads(), gc.isenabled()
     if threads is not None:
         torch.set_num_threads(threads)
     gc.disable()
+    gc.freeze()  # what is there by now stays: a collection need not look at it
     try:
         yield
     finally:
+        gc.unfreeze()
         torch.set_num_threads(before)
         if collects:
             gc.enable()

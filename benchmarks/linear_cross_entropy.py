@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastllm.benchmarks.harness import Case, dtype_name
+from fastllm.benchmarks.harness import Case, dtype_name, rival
 from fastllm.testing import make
+
+PRODUCTS = "products alone"
 
 
 def arguments(rows: int, hidden: int, classes: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -28,11 +30,15 @@ def eager(input: Tensor, linear_weight: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(input, linear_weight), target)
 
 
-def liger() -> Callable | None:
-    try:
-        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-    except ImportError:
-        return None
+def chunked() -> Callable:
+    """Torch's own, from 2.13 on."""
+    options = torch.nn.LinearCrossEntropyOptions()  # type: ignore[attr-defined]
+    return functools.partial(F.linear_cross_entropy, options=options)  # type: ignore[attr-defined]
+
+
+def liger() -> Callable:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
     return liger_fused_linear_cross_entropy
 
 
@@ -55,24 +61,21 @@ class _Products(torch.autograd.Function):
 
 
 def case(device: str, rows: int, hidden: int, classes: int, dtype: torch.dtype, target: str = "") -> Case:
-    rivals: dict[str, Callable] = {"eager": eager}
+    rivals: dict[str, Callable | str] = {"eager": eager, "torch chunked": rival(chunked)}
     if device == "cuda":
-        rivals["products alone"] = products
-    chunked = getattr(F, "linear_cross_entropy", None)
-    if chunked is not None and (device == "cuda" or dtype == torch.float32):  # with bfloat16, 6 s a call on a CPU
-        options = torch.nn.LinearCrossEntropyOptions()  # type: ignore[attr-defined]
-        rivals["torch chunked"] = functools.partial(chunked, options=options)
-    if device == "cuda" and (found := liger()):
-        rivals["Liger"] = found
+        rivals |= {PRODUCTS: products, "Liger": rival(liger)}
+    elif dtype != torch.float32:
+        rivals["torch chunked"] = "takes seconds a call with 16 bits on a CPU"
     return Case(
         op="linear_cross_entropy",
         name=f"{dtype_name(dtype)} {rows}x{hidden}x{classes} forward+backward",
         direction="forward+backward",
         args=functools.partial(arguments, rows, hidden, classes, dtype, device),
-        check=functools.partial(arguments, min(rows, 300), hidden, classes, dtype, device),
+        check=functools.partial(arguments, min(rows, 300), min(hidden, 768), classes, dtype, device),
         rivals=rivals,
         bytes=2 * (rows + classes) * hidden * dtype.itemsize,
         flops=6 * rows * hidden * classes,
+        products=dtype,
         target=target,
         rounds=(5, 15),
         compiled=device == "cuda",

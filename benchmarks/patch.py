@@ -25,7 +25,7 @@ import torch
 
 import fastllm
 from fastllm import ops
-from fastllm.benchmarks.harness import Case, Ready
+from fastllm.benchmarks.harness import COMPILED, Case, Ready, rival
 from fastllm.testing import make
 
 VOCABULARY = 50257
@@ -47,12 +47,10 @@ def llama(layers: int, heads: int, width: int) -> torch.nn.Module:
     return LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True))
 
 
-def liger() -> Callable | None:
-    """Liger-Kernel's patch of one instance, where it is installed."""
-    try:
-        from liger_kernel.transformers import _apply_liger_kernel_to_instance
-    except ImportError:
-        return None
+def liger() -> Callable:
+    """Liger-Kernel's patch of one instance."""
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
     return _apply_liger_kernel_to_instance
 
 
@@ -73,6 +71,8 @@ def _work(
 ) -> None:
     """A contender's process: answers "clear" and "step" (with the loss), and "peak" with bytes."""
     warnings.simplefilter("ignore")
+    if device == "cuda":
+        warnings.simplefilter("error", fastllm.FallbackWarning)  # on stock PyTorch nothing of ours would be timed
     torch.set_num_threads(threads)
     try:
         ids = torch.randint(VOCABULARY, shape, generator=torch.Generator().manual_seed(0)).to(device)
@@ -82,8 +82,8 @@ def _work(
         if name == "fastllm":
             fastllm.patch(model)
         elif name == "Liger":
-            liger()(model=model)  # type: ignore[misc]
-        call: Any = torch.compile(model, dynamic=False) if name == "torch.compile" else model
+            liger()(model=model)
+        call: Any = torch.compile(model, dynamic=False) if name == COMPILED else model
         while True:
             order = pipe.recv()
             if order == "clear":
@@ -127,25 +127,25 @@ class _Worker:
         return answer
 
 
-def setup(build: Callable[[], torch.nn.Module], batch: int, length: int, device: str, bf16: bool) -> dict[str, Ready]:
-    found, losses = {}, {}
-    for name in ["fastllm", "eager", "torch.compile", *(["Liger"] if device == "cuda" and liger() else [])]:
-        worker = _Worker(name, build, (batch, length), device, bf16, torch.get_num_threads())
-        try:
-            losses[name] = [(worker.ask("clear"), worker.ask("step"))[1] for _ in range(STEPS)]
-        except Exception as error:
-            if name in ("fastllm", "eager"):
-                raise
-            print(f"    {name} cannot run: {type(error).__name__}: {str(error)[:200]}", flush=True)
-            continue
-        ask = worker.ask
-        found[name] = Ready(
-            functools.partial(ask, "clear"), functools.partial(ask, "step"), functools.partial(ask, "peak")
-        )
+def setup(
+    build: Callable[[], torch.nn.Module], batch: int, length: int, device: str, bf16: bool
+) -> dict[str, Callable[[], Ready] | str]:
+    losses: dict[str, list[float]] = {}
+
+    def ready(name: str) -> Ready:
+        ask = _Worker(name, build, (batch, length), device, bf16, torch.get_num_threads()).ask
+        losses[name] = [(ask("clear"), ask("step"))[1] for _ in range(STEPS)]
+        return Ready(*(functools.partial(ask, order) for order in ("clear", "step", "peak")))
+
+    checked = {name: ready(name) for name in ("fastllm", "eager")}
     tolerance = 2e-2 if bf16 else 1e-4
     for ours, theirs in zip(losses["fastllm"], losses["eager"], strict=True):
         if abs(ours - theirs) > tolerance:
             raise AssertionError(f"the patched model's losses are {losses['fastllm']}, the model's {losses['eager']}")
+    found: dict[str, Callable[[], Ready] | str] = {name: lambda one=one: one for name, one in checked.items()}
+    found[COMPILED] = functools.partial(ready, COMPILED)
+    if device == "cuda":
+        found["Liger"] = functools.partial(ready, "Liger") if callable(there := rival(liger)) else there
     return found
 
 
@@ -161,6 +161,7 @@ def case(
         rivals={},
         bytes=28 * parameters,
         flops=6 * parameters * batch * length,
+        products=torch.bfloat16 if bf16 else torch.float32,
         target=target,
         call=ops.rms_norm,  # for the name of the backend alone
         setup=functools.partial(setup, build, batch, length, device, bf16),

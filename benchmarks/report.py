@@ -17,12 +17,35 @@ from pathlib import Path
 from typing import Any
 
 from fastllm._extras import require
-from fastllm.benchmarks.harness import MUCH, rates
+from fastllm.benchmarks.harness import FORMAT, MUCH, achieved, rates
 
 RESULTS = Path(__file__).parent / "results"
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 COLORS = {"fastllm": "#1f5fbf", "eager": "#9aa3ad", "torch.compile": "#e08e2b", "Liger": "#3c9a5f"}
-MORE_COLORS = ("#8a5fb0", "#c2556b", "#4aa3a8", "#7d6b4f")
+MORE_COLORS = (
+    "#8a5fb0",
+    "#c2556b",
+    "#4aa3a8",
+    "#7d6b4f",
+    "#d6a3c9",
+    "#a8c66c",
+    "#5b7fa6",
+    "#e0c04f",
+    "#b0623a",
+    "#2f5d50",
+)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The results in a file.
+
+    Raises:
+        ValueError: for a file of another format.
+    """
+    data = json.loads(path.read_text())
+    if data["format"] != FORMAT:
+        raise ValueError(f"{path} has format {data['format']}, not {FORMAT}: measure anew")
+    return data
 
 
 def _contenders(data: dict[str, Any]) -> list[str]:
@@ -49,35 +72,46 @@ def _facts(data: dict[str, Any]) -> str:
     matmul = ", ".join(
         f"{key.split('_')[1]} {value:.3g} TFLOP/s" for key, value in ceilings.items() if key.startswith("matmul_")
     )
-    return f"{data['date']}; {versions}. Measured ceilings: copy {ceilings['copy_gb_s']:.4g} GB/s, matmul {matmul}."
+    measured = f"copy {ceilings['copy_gb_s']:.4g} GB/s, matmul {matmul}"
+    return f"{data['date']}; {versions}. Measured ceilings ({data.get('ceilings_are', 'medians')}): {measured}."
+
+
+def _not_timed(data: dict[str, Any]) -> list[str]:
+    """A line for each rival that is missing and each reason, with the ops that miss it."""
+    found: dict[tuple[str, str], dict[str, None]] = {}
+    for result in data["results"]:
+        for name, reason in result["skipped"].items():
+            found.setdefault((name, reason), {})[result["op"]] = None
+    return [f"{name} is not timed in {', '.join(ops)}: {reason}" for (name, reason), ops in found.items()]
 
 
 # Plots
 
 
 def _bars(data: dict[str, Any], path: Path, *, speedup: bool) -> None:
-    """One panel an op, one group of bars a case: fastllm's speed-up over each rival, or every contender's GB/s."""
+    """One panel an op, one group of bars a case: fastllm's speed-up over each rival, or every contender's share of the
+    ceiling that the case is measured by."""
     pyplot = require("matplotlib.pyplot", "bench")
     ops, names = _by_op(data), _contenders(data)
+    more = iter(MORE_COLORS * len(names))
+    colors = {name: COLORS[name] if name in COLORS else next(more) for name in names}
     if speedup:
         names = names[1:]
-    colors = {name: COLORS.get(name, MORE_COLORS[i % len(MORE_COLORS)]) for i, name in enumerate(names)}
-    heights = [0.5 + len(results) * (0.25 + 0.22 * len(names)) for results in ops.values()]
+    most = {op: max(len(result["contenders"]) for result in results) - speedup for op, results in ops.items()}
+    heights = [0.5 + len(results) * (0.25 + 0.22 * most[op]) for op, results in ops.items()]
     figure, axes = pyplot.subplots(len(ops), sharex=True, squeeze=False, height_ratios=heights, layout="constrained")
     figure.set_size_inches(9, sum(heights) + 1.4)
-    ceiling = 1.0 if speedup else data["ceilings"]["copy_gb_s"]
+    ceiling = 1.0 if speedup else 100.0
     largest = ceiling
     for axis, (op, results) in zip(axes[:, 0], ops.items(), strict=True):
         for row, result in enumerate(results):
             present = [name for name in names if name in result["contenders"]]
             for i, name in enumerate(present):
                 rate = rates(result, name, data["ceilings"])
-                value = rate["speedup"] if speedup else rate["gb_s"]
-                y = row + (i - (len(present) - 1) / 2) * 0.8 / len(names)
-                axis.barh(y, value, 0.74 / len(names), color=colors[name], zorder=2)
-                text = f"{value:.2f}x" if speedup else f"{value:.3g}"
-                if name == "fastllm":
-                    text += f"  ({rate['copy_share']:.0%} of copy)"
+                value = rate["speedup"] if speedup else 100 * rate["share"]
+                y = row + (i - (len(present) - 1) / 2) * 0.8 / most[op]
+                axis.barh(y, value, 0.74 / most[op], color=colors[name], zorder=2)
+                text = f"{value:.2f}x" if speedup else ", ".join(achieved(result, name, data["ceilings"]))
                 largest = max(largest, value)
                 box = {"fc": "white", "ec": "none", "pad": 0.4}
                 at = {"xytext": (3, 0), "textcoords": "offset points"}
@@ -90,12 +124,12 @@ def _bars(data: dict[str, Any], path: Path, *, speedup: bool) -> None:
         axis.tick_params(length=0)
         for side in ("top", "right", "left"):
             axis.spines[side].set_visible(False)
-    label = "speed-up of fastllm (dashed: as fast)" if speedup else "GB/s (dashed: measured copy bandwidth)"
+    label = "speed-up of fastllm (dashed: as fast)" if speedup else "% of the measured ceiling, copy or matmul (dashed)"
     axes[-1, 0].set_xlabel(label)
-    axes[-1, 0].set_xlim(0, 1.12 * largest)  # room for the labels
+    axes[-1, 0].set_xlim(0, (1.12 if speedup else 1.45) * largest)  # room for the labels
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=colors[name]) for name in names]
     labels = [f"over {name}" if speedup else name for name in names]
-    figure.legend(handles, labels, loc="outside upper right", ncols=len(names), frameon=False)
+    figure.legend(handles, labels, loc="outside upper right", ncols=min(4, len(names)), frameon=False)
     figure.suptitle(_machine(data), x=0.01, ha="left", fontsize=11)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
@@ -112,6 +146,11 @@ tr.fastllm td { border-top: 2px solid #c9d0d8; font-weight: 600; }
 img { max-width: 100%; } .failed { color: #b3261e; } footer, .facts { color: #5b6673; }
 """
 
+FOOTER = """Medians of rounds in which the contenders took turns. GB/s counts the bytes that must move, TFLOP/s the
+operations that must be done, whoever moves or does more. The ceilings, a large copy and large matrix products, were
+timed in the same way in the same run. MFU is the share of the matrix products' ceiling that a model's operations reach:
+6 for each parameter and token, and those of attention (Chowdhery et al., 2022)."""
+
 
 def _page(data: dict[str, Any], images: dict[str, bytes]) -> str:
     escape = html.escape
@@ -125,20 +164,13 @@ def _page(data: dict[str, Any], images: dict[str, bytes]) -> str:
                 f"{name} ({result['backend']})" if ours else name,
                 f"{figures['median_ms']:.3f}",
                 f"{figures['q1_ms']:.3f} to {figures['q3_ms']:.3f}",
-                f"{rate['gb_s']:.1f}",
-                f"{rate['copy_share']:.0%}",
-                f"{rate['tflop_s']:.3g}",
+                *achieved(result, name, data["ceilings"]),
                 "" if ours else f"{rate['speedup']:.2f}x",
             ]
             tag = '<tr class="fastllm">' if ours else "<tr>"
             rows.append(tag + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
-    head = ("op", "case", "contender", "ms", "quartiles", "GB/s", "of copy", "TFLOP/s", "fastllm's speed-up")
-    notes = [
-        f"{r['op']}, {r['case']}: {name} cannot run: {why}"
-        for r in data["results"]
-        for name, why in r["skipped"].items()
-    ]
-    notes += [
+    head = ("op", "case", "contender", "ms", "quartiles", "rate", "of ceiling", "fastllm's speed-up")
+    notes = _not_timed(data) + [
         f"{r['op']}, {r['case']}: other processes took {r['others']:.0%} of the CPUs."
         for r in data["results"]
         if (r["others"] or 0) > MUCH
@@ -161,15 +193,14 @@ def _page(data: dict[str, Any], images: dict[str, bytes]) -> str:
         *rows,
         "</table>",
         *(f"<p>{escape(line)}</p>" for line in notes),
-        "<footer>Medians of rounds in which the contenders took turns. GB/s counts the bytes that must move, whoever "
-        "moves more.</footer>",
+        f"<footer>{FOOTER}</footer>",
         "</body></html>",
     ]
     return "\n".join(lines) + "\n"
 
 
 def write(data: dict[str, Any], folder: Path) -> Path:
-    """Writes speedup.png, bandwidth.png and index.html, which holds both, and returns the last one's path.
+    """Writes speedup.png, ceiling.png and index.html, which holds both, and returns the last one's path.
 
     Raises:
         ImportError: without matplotlib; the message has the command that installs it.
@@ -178,8 +209,8 @@ def write(data: dict[str, Any], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     images = {}
     if data["results"]:
-        for title, speedup in (("Speed-up", True), ("Bandwidth", False)):
-            path = folder / f"{'speedup' if speedup else 'bandwidth'}.png"
+        for title, speedup in (("Speed-up", True), ("Share of the ceiling", False)):
+            path = folder / f"{'speedup' if speedup else 'ceiling'}.png"
             _bars(data, path, speedup=speedup)
             images[title] = path.read_bytes()
     page = folder / "index.html"
@@ -193,12 +224,12 @@ def write(data: dict[str, Any], folder: Path) -> Path:
 def markdown(data: dict[str, Any]) -> str:
     """A machine's results as a table: one line a case."""
     names = _contenders(data)[1:]
-    head = ["op", "case", "fastllm, ms", "GB/s (of copy)", *(f"vs {name}" for name in names)]
+    head = ["op", "case", "fastllm, ms", "rate (of ceiling)", *(f"vs {name}" for name in names)]
     lines = [f"**{_machine(data)}**", "", f"| {' | '.join(head)} |", "|---|---|" + "---:|" * (len(head) - 2)]
     for result in data["results"]:
-        figures, rate = result["contenders"]["fastllm"], rates(result, "fastllm", data["ceilings"])
+        figures, (rate, share) = result["contenders"]["fastllm"], achieved(result, "fastllm", data["ceilings"])
         cells = [f"`{result['op']}`", result["case"], f"{figures['median_ms']:.3f} ± {figures['noise']:.0%}"]
-        cells.append(f"{rate['gb_s']:.4g} ({rate['copy_share']:.0%})")
+        cells.append(f"{rate} ({share})")
         for name in names:
             ran = name in result["contenders"]
             cells.append(f"{rates(result, name, data['ceilings'])['speedup']:.2f}x" if ran else "n/a")
@@ -207,12 +238,14 @@ def markdown(data: dict[str, Any]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     if any("(disturbed)" in line for line in lines):
         lines += ["", f"(disturbed): other processes took more than {MUCH:.0%} of the CPUs."]
+    for note in _not_timed(data):
+        lines += ["", f"{note}."]
     return "\n".join([*lines, "", _facts(data)])
 
 
 def readme_block(results: Path) -> str:
     """What stands between the markers: every measured machine, and what is not measured."""
-    found = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
+    found = [load(path) for path in sorted(results.glob("*.json"))]
     found.sort(key=lambda data: data["machine"]["device"] != "cuda")
     parts = [markdown(data) for data in found]
     for device, name in (("cuda", "GPU"), ("cpu", "CPU")):
@@ -247,7 +280,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if bool(args.json) != bool(args.out) or not (args.json or args.readme):
         parser.error("give JSON with --out, or --readme")
     if args.json:
-        print(write(json.loads(Path(args.json).read_text()), Path(args.out)))
+        print(write(load(Path(args.json)), Path(args.out)))
     if args.readme:
         path = Path(args.readme)
         before = path.read_text()

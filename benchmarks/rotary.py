@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastllm import ops
-from fastllm.benchmarks.harness import Case, dtype_name
+from fastllm.benchmarks.harness import Case, dtype_name, rival
 from fastllm.testing import make
 
 
@@ -56,11 +56,9 @@ def make_fused(tables: Tables) -> Callable:
     return rotary
 
 
-def make_liger(tables: Tables) -> Callable | None:
-    try:
-        from liger_kernel.ops.rope import LigerRopeFunction
-    except ImportError:
-        return None
+def make_liger(tables: Tables) -> Callable:
+    from liger_kernel.ops.rope import LigerRopeFunction
+
     # It writes into its arguments, which must outlive the call here.
     return lambda q, k: LigerRopeFunction.apply(q.clone(), k.clone(), *(table[0] for table in tables.doubled))
 
@@ -68,16 +66,18 @@ def make_liger(tables: Tables) -> Callable | None:
 def case(
     device: str, batch: int, seq: int, heads: int, kv_heads: int, size: int, dtype: torch.dtype, target: str = ""
 ) -> Case:
-    tables = Tables()
-    rivals: dict[str, Callable] = {"eager": make_eager(tables)}
-    if device == "cuda" and (found := make_liger(tables)):
-        rivals["Liger + clones"] = found
+    tables, short_tables = Tables(), Tables()
+    rivals: dict[str, Callable | str] = {"eager": make_eager(tables)}
+    if device == "cuda":
+        rivals["Liger + clones"] = rival(functools.partial(make_liger, tables))
     elements = batch * seq * (heads + kv_heads) * size
     return Case(
         op="rotary",
         name=f"{dtype_name(dtype)} B{batch} S{seq} {heads}:{kv_heads} heads D{size} forward+backward",
         direction="forward+backward",
         args=functools.partial(arguments, tables, batch, seq, heads, kv_heads, size, dtype, device),
+        check=functools.partial(arguments, short_tables, 1, min(seq, 1000), heads, kv_heads, size, dtype, device),
+        checked=(make_fused(short_tables), make_eager(short_tables)),
         rivals=rivals,
         bytes=4 * elements * dtype.itemsize,
         flops=6 * elements,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -13,5 +15,8 @@ def eager(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+case = functools.partial(_glu.case, "swiglu", eager, "LigerSiLUMulFunction")
+
+
 def cases(device: str, quick: bool) -> list[Case]:
-    return _glu.cases("swiglu", eager, "LigerSiLUMulFunction", device, quick)
+    return _glu.cases(case, device, quick)

@@ -264,6 +264,12 @@ class Op:
             warnings.warn(message, FallbackWarning, stacklevel=_users_level())
 
 
+def warn_again() -> None:
+    """Forgets which fallbacks were warned of: each warns once more."""
+    for op in OPS.values():
+        op._warned.clear()
+
+
 def _users_level() -> int:
     """The `stacklevel` with which a warning of the caller points at the user's line, outside of fastllm and torch."""
     level, frame = 1, sys._getframe(1)

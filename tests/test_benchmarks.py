@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import html
 import importlib
+import inspect
 import json
 import math
 import os
@@ -13,16 +15,31 @@ import re
 import subprocess
 import sys
 import time
+import types
+import warnings
 from pathlib import Path
 
 import bindings
 import pytest
 import torch
 
-from fastllm import cli, ops
+from fastllm import backends, cli, ops
+from fastllm.models import GPTConfig
 
 pytest.importorskip("pytest_benchmark")
-from fastllm.benchmarks import _norm, adamw, harness, report, suite
+from fastllm.benchmarks import (
+    _attention,
+    _norm,
+    _training_step,
+    adamw,
+    attention_kvcache,
+    attention_varlen,
+    harness,
+    headline,
+    linear_cross_entropy,
+    report,
+    suite,
+)
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("add_layer_norm", "add_rms_norm", "layer_norm", "rms_norm")
@@ -43,7 +60,7 @@ def small(monkeypatch) -> None:
         monkeypatch.setattr(importlib.import_module(f"fastllm.benchmarks.{op}"), "cases", small_cases(op))
     monkeypatch.setitem(suite.SECONDS, "cpu", 0.02)
     monkeypatch.setattr(torch, "compile", lambda fn, **_: fn)
-    monkeypatch.setattr(harness, "measure_ceilings", lambda device: {"copy_gb_s": 10.0, "matmul_float32_tflop_s": 0.1})
+    monkeypatch.setattr(harness, "measure_ceilings", lambda device: {"copy_gb_s": 10.0, "matmul_fp32_tflop_s": 0.1})
 
 
 def test_every_op_has_cases_for_every_device():
@@ -65,10 +82,23 @@ def test_a_case_that_sets_itself_up():
     race.round()
     figures = race.result(0.0)["contenders"]
     assert set(figures) == {"fastllm", "eager", "torch fused"}
+    assert race.skipped == {"torch.compile": "takes minutes to compile for many tensors"}
     assert race.backend in ("cpu", "reference")
-    contenders = {"fastllm": harness.Ready(list, list), "bad": harness.Ready(list, lambda: 1 / 0)}
+    ready = {"fastllm": harness.Ready(list, list), "bad": harness.Ready(list, lambda: 1 / 0)}
+    contenders = {name: lambda one=one: one for name, one in ready.items()}
     race = harness.Race(dataclasses.replace(case, setup=lambda: dict(contenders)), "cpu", 0.01)
     assert "ZeroDivisionError" in race.skipped["bad"]
+
+
+def test_what_a_case_is_measured_by():
+    """Matrix products where a byte comes with many operations, bytes elsewhere: decoding reads all for one row."""
+    found = [case for cases in suite.discover().values() for d in ("cpu", "cuda") for case in cases(d, False)]
+    for case in [*found, *headline.cases("cuda")]:
+        assert (case.products is not None) == (case.flops > 16 * case.bytes), f"{case.op} {case.name}"
+    assert {case.op for case in found if case.products} == {
+        *("attention", "attention_varlen", "linear_cross_entropy"),
+        *(["patch"] if "patch" in {case.op for case in found} else []),
+    }
 
 
 def test_bytes_and_operations_are_those_of_the_formulas():
@@ -113,14 +143,14 @@ def test_end_to_end(small, tmp_path, capsys):
             assert 0 < figures["min_ms"] <= figures["q1_ms"] <= figures["median_ms"] <= figures["q3_ms"]
             rate = harness.rates(result, name, data["ceilings"])
             assert rate["gb_s"] == pytest.approx(result["bytes"] / (figures["median_ms"] * 1e-3) / 1e9)
-            assert rate["copy_share"] == pytest.approx(rate["gb_s"] / 10)
+            assert rate["share"] == pytest.approx(rate["gb_s"] / 10)
         ours, eager = (result["contenders"][name]["median_ms"] for name in ("fastllm", "eager"))
         assert harness.rates(result, "eager", data["ceilings"])["speedup"] == pytest.approx(eager / ours)
         assert f"{eager / ours:.2f}x" in output
         assert f"{ours:.3f}" in output
 
     page = (tmp_path / "page" / "index.html").read_text()
-    for name in ("speedup.png", "bandwidth.png"):
+    for name in ("speedup.png", "ceiling.png"):
         png = (tmp_path / "page" / name).read_bytes()
         assert png.startswith(b"\x89PNG")
         assert base64.b64encode(png).decode() in page, "the page holds its pictures"
@@ -177,7 +207,7 @@ def test_a_rival_that_cannot_run_is_named(small, monkeypatch, capsys):
 
     monkeypatch.setattr(torch, "compile", refuse)
     assert suite.main(["rms_norm", "--quick"]) == 0
-    assert "torch.compile cannot run: NotImplementedError: no compiler here" in capsys.readouterr().out
+    assert "torch.compile is not timed: NotImplementedError: no compiler here" in capsys.readouterr().out
 
 
 def test_contenders_take_turns(small):
@@ -247,11 +277,274 @@ def test_disturbance_sees_other_processes_and_not_its_own():
     assert others.share > 0.5 / cores
 
 
-def test_ceilings_of_this_machine():
+def test_ceilings_of_this_machine(monkeypatch):
+    monkeypatch.setattr(harness, "WARMUP_ROUNDS", 0)
+    monkeypatch.setattr(harness, "CEILING_ROUNDS", 2)  # a product of 16 bits takes seconds on some CPUs
     ceilings = harness.measure_ceilings("cpu")
     assert set(ceilings) == {"copy_gb_s", "matmul_fp32_tflop_s", "matmul_bf16_tflop_s"}
     assert all(math.isfinite(value) and value > 0 for value in ceilings.values())
     assert 0.5 < ceilings["copy_gb_s"] < 5000
+
+
+def test_ceilings_are_medians_of_what_times_the_contenders(monkeypatch):
+    """Rounds of 1 to 15 s, after those that warm up, in any order: the median takes 8 s, the best would take 1 s."""
+    taken = iter([0.01] * harness.WARMUP_ROUNDS + [*range(15, 8, -1), *range(1, 9)])
+
+    def turn(self, order):
+        seconds = next(taken)
+        for contender in order:
+            contender.seconds.append(seconds)
+
+    monkeypatch.setattr(harness.Stopwatch, "round", turn)
+    ceilings = harness.measure_ceilings("cpu")
+    assert ceilings["copy_gb_s"] == float(f"{2 * 2**28 / 8 / 1e9:.4g}")
+    assert ceilings["matmul_bf16_tflop_s"] == float(f"{2 * 1024**3 / 8 / 1e12:.4g}")
+    after = {key: 3 * value for key, value in ceilings.items()}
+    assert harness.mean_ceilings(ceilings, after) == pytest.approx({k: 2 * v for k, v in ceilings.items()}, rel=1e-3)
+
+
+def test_the_cache_is_flushed_by_reading():
+    cache = 64 * 2**20
+    scratch, total = harness.flush_memory(cache, "cpu")
+    assert scratch.nbytes > 4 * cache
+    places = [0, scratch.numel() // 2, scratch.numel() - 1]
+    scratch[places] = torch.tensor([1.0, 2.0, 4.0])
+    version = scratch._version
+    harness.flush(scratch, total)
+    assert total.item() == 7, "all of it is read"
+    assert scratch._version == version, "nothing is written into it"
+    assert scratch.count_nonzero() == 3
+
+
+def test_the_order_of_a_turn_on_a_gpu(monkeypatch):
+    """Prepared, flushed, kept busy, and only then timed: the ceilings' calls and the contenders' alike."""
+    events: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            events.append("event")
+
+        def elapsed_time(self, end):
+            return 5.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: events.append("sleep"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: events.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: types.SimpleNamespace(L2_cache_size=1))
+    monkeypatch.setattr(harness, "flush_memory", lambda cache: (torch.zeros(1), torch.zeros(())))
+    monkeypatch.setattr(harness, "flush", lambda scratch, total: events.append("flush"))
+    contenders = [
+        harness.Contender(
+            name, lambda n=name: events.append(f"prepare {n}"), lambda _, n=name: events.append(f"call {n}")
+        )
+        for name in "ab"
+    ]
+    harness.Stopwatch("cuda").round(contenders)
+    turns = [[f"prepare {n}", "flush", "sleep", "event", f"call {n}", "event"] for n in "ab"]
+    assert events == [*turns[0], *turns[1], "synchronize"]
+    assert [c.seconds for c in contenders] == [[0.005], [0.005]]
+    assert all(len(c.host_seconds) == 1 for c in contenders)
+
+
+# Fastllm on its kernels, or not at all
+
+
+@pytest.fixture
+def pretended_gpu(small, monkeypatch) -> None:
+    """A race for "cuda" that takes CPU tensors, and times them as such."""
+    monkeypatch.setattr(harness, "Stopwatch", lambda device, real=harness.Stopwatch: real("cpu"))
+    monkeypatch.setattr(harness, "free_memory", lambda device: None)
+
+
+def test_a_reference_is_not_timed_on_a_gpu(pretended_gpu):
+    case = _norm.case("rms_norm", "cpu", (8, 40), torch.float64, "forward+backward")
+    with pytest.raises(AssertionError, match="fastllm would run rms_norm_fwd on reference"):
+        harness.Race(case, "cuda", 0.01)
+    with pytest.warns(backends.FallbackWarning):
+        assert harness.Race(dataclasses.replace(case, fallback=True), "cuda", 0.01).backend == "reference"
+    assert harness.Race(case, "cpu", 0.01).backend == "reference", "on a CPU the results say so"
+
+
+@bindings.needs_kernels
+def test_a_fallback_that_explain_does_not_see_is_not_timed_on_a_gpu(pretended_gpu):
+    """Neither the first time, when it warns, nor the second."""
+
+    def call(x, shape, weight):
+        if backends.steered():  # by `explain`, and for the float64 truth
+            return ops.rms_norm(x, shape, weight)
+        return ops.rms_norm(x.double(), shape, weight.double()).to(x.dtype)
+
+    case = dataclasses.replace(small_cases("rms_norm")("cpu", True)[0], call=call)
+    for _ in range(2):
+        with pytest.raises(AssertionError, match="rms_norm_fwd runs on reference for cpu tensors"):
+            harness.Race(case, "cuda", 0.01)
+    assert harness.Race(dataclasses.replace(case, fallback=True), "cuda", 0.01).backend == "cpu"
+
+
+# Rivals
+
+
+def rivals_of(case: harness.Case, **rivals) -> harness.Case:
+    return dataclasses.replace(case, rivals=case.rivals | rivals)
+
+
+def test_a_rival_without_memory_is_skipped(small):
+    """Alone, or beside the others: in its first turn after all are there."""
+    calls = []
+
+    def late(*args):
+        calls.append(args)
+        if len(calls) > 1:
+            raise torch.OutOfMemoryError("tried to allocate")
+        return torch.nn.functional.rms_norm(*args)
+
+    def early(*args):
+        warnings.warn("that is why", stacklevel=1)
+        raise torch.OutOfMemoryError("no memory")
+
+    race = harness.Race(rivals_of(small_cases("rms_norm")("cpu", True)[0], late=late, early=early), "cpu", 0.01)
+    assert [contender.name for contender in race.contenders] == ["fastllm", "eager", "torch.compile"]
+    assert race.skipped == {
+        "early": "OutOfMemoryError: no memory; that is why",
+        "late": "OutOfMemoryError: tried to allocate",
+    }
+
+
+def test_which_rivals_are_timed(small):
+    case = rivals_of(small_cases("rms_norm")("cpu", True)[0], slow=torch.nn.functional.rms_norm, absent="not here")
+    case = dataclasses.replace(case, slow=("slow", harness.AUTOTUNED))
+    result = harness.measure(case, "cpu", 0.01)
+    assert set(result["contenders"]) == {"fastllm", "eager", "torch.compile"}
+    assert result["skipped"] == {"absent": "not here"}
+    result["contenders"] = {n: {"median_ms": t} for n, t in (("fastllm", 1), ("eager", 3), ("torch.compile", 2))}
+    again = headline.second_pass(case, result)
+    assert again.timed == ("torch.compile", "slow", harness.AUTOTUNED)
+    assert again.name == f"{case.name}, second pass"
+    assert set(harness.measure(again, "cpu", 0.01)["contenders"]) == {"fastllm", *again.timed}
+    assert headline.second_pass(dataclasses.replace(case, slow=()), result) is None
+
+
+def test_a_floor_is_not_the_best_rival():
+    case = next(case for case in headline.cases("cuda") if case.op == "linear_cross_entropy")
+    times = {"fastllm": 4, "eager": 3, "products alone": 1}
+    result = {"contenders": {name: {"median_ms": ms} for name, ms in times.items()}}
+    assert headline.second_pass(case, result).timed == ("eager", harness.AUTOTUNED)
+
+
+def test_max_autotune_runs_without_cuda_graphs(small, monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch, "compile", lambda fn, **options: modes.append(options.get("mode")) or fn)
+    harness.Race(small_cases("rms_norm")("cpu", True)[0], "cpu", 0.01)
+    assert modes == [None]
+    case = dataclasses.replace(small_cases("rms_norm")("cpu", True)[0], slow=(harness.AUTOTUNED,))
+    harness.Race(dataclasses.replace(case, timed=case.slow), "cpu", 0.01)
+    assert modes == [None, None, "max-autotune-no-cudagraphs"]
+
+
+def test_liger_is_listed_on_every_gpu():
+    for op in ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm", "swiglu", "geglu", "rotary"):
+        for case in suite.discover()[op]("cuda", False):
+            assert [name for name in case.rivals if name.startswith("Liger")], case.name
+    for op in ("cross_entropy", "linear_cross_entropy"):
+        for case in suite.discover()[op]("cuda", False):
+            assert "Liger" in case.rivals
+    assert _norm.case("add_layer_norm", "cuda", (8, 40), torch.float32, "forward").rivals["Liger"] == (
+        "Liger has no add_layer_norm"
+    )
+
+
+def test_a_rival_that_is_not_there_says_why(monkeypatch):
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    for name in [name for name in sys.modules if name.startswith("liger_kernel.")]:
+        monkeypatch.delitem(sys.modules, name)
+    case = _norm.case("rms_norm", "cuda", (8, 40), torch.float32, "forward")
+    assert "liger_kernel" in case.rivals["Liger"]
+    monkeypatch.delattr(torch.nn, "LinearCrossEntropyOptions", raising=False)
+    assert (
+        "LinearCrossEntropyOptions" in linear_cross_entropy.case("cuda", 8, 4, 9, torch.float32).rivals["torch chunked"]
+    )
+    assert harness.rival(lambda: print) is print
+
+
+def test_what_torch_has_computes_what_eager_computes():
+    """FlexAttention with its masks, varlen_attn's signature, and the chunked loss, in whichever torch this is."""
+    q, k, v = _attention.dense(1, 4, 2, 300, 16, torch.float32, "cpu")
+    for left, causal in ((-1, True), (40, True), (-1, False)):
+        rivals = _attention.gpu_rivals(left, causal)
+        with torch.no_grad():
+            expected, flex = rivals["eager"](q, k, v), rivals[_attention.FLEX](q, k, v)
+        torch.testing.assert_close(flex, expected)
+    masks = attention_varlen.Masks()
+    args = attention_varlen.arguments(masks, (130, 7, 63), 2, 16, torch.float32, "cpu")
+    with torch.no_grad():
+        expected = ops.attention_varlen(*args, is_causal=True)
+        for rival in (attention_varlen.eager, attention_varlen.stock, attention_varlen.flex):
+            torch.testing.assert_close(rival(masks)(*args), expected)
+    varlen = harness.rival(attention_varlen.torch_varlen)
+    assert inspect.signature(varlen.func).bind(*args, **varlen.keywords)
+    args = attention_kvcache.arguments(2, 4, 2, 50, 16, torch.float32, "cpu")
+    with torch.no_grad():
+        expected = ops.attention_kvcache(*args)
+        for name in ("eager", "SDPA", _attention.FLEX):
+            torch.testing.assert_close(attention_kvcache.gpu_rivals()[name](*args), expected)
+    args = linear_cross_entropy.arguments(8, 4, 9, torch.float32, "cpu")
+    chunked = harness.rival(linear_cross_entropy.chunked)
+    if not isinstance(chunked, str):
+        torch.testing.assert_close(chunked(*args), linear_cross_entropy.eager(*args))
+    else:
+        assert not hasattr(torch.nn, "LinearCrossEntropyOptions"), chunked
+
+
+def test_a_long_case_is_checked_on_short_lengths():
+    (case, *_) = attention_varlen.cases("cuda", False)
+    assert "16 heads" in case.name
+    assert "eager" not in case.timed
+    assert sum(case.check.args[1]) == 1024, "(16, S, S) in float64 is 128 MB"
+
+
+# What a run on a GPU measures first
+
+
+def test_headline_rehearsal():
+    """Every case of a GPU run at its smallest, from drawing to table."""
+    cases, full = headline.cases("cpu", small=True), headline.cases("cuda")
+    assert [(c.op, c.direction, c.products, c.slow) for c in cases] == [
+        (c.op, c.direction, c.products, c.slow) for c in full
+    ]
+    assert len({(c.op, c.name) for c in full}) == len(full)
+    with harness.quiet_machine(None):
+        results = [harness.measure(case, "cpu", 0.001) for case in cases]
+        again = {case.op: headline.second_pass(case, r) for case, r in zip(cases, results, strict=True) if case.slow}
+        seconds = [harness.measure(case, "cpu", 0.001) for case in again.values()]
+    assert "training_step" in again
+    assert all("fastllm" in result["contenders"] for result in results + seconds)
+    by_op = {result["op"]: result for result in results}
+    assert set(by_op["attention"]["contenders"]) | set(by_op["attention"]["skipped"]) == {
+        *("fastllm", "SDPA cuDNN", "SDPA flash", "FlexAttention")
+    }
+    assert by_op["rms_norm"]["skipped"]["torch.compile"] == harness.NOT_COMPILED
+    assert by_op["training_step"]["tokens"] == 32
+    ceilings = {"copy_gb_s": 10.0, "matmul_bf16_tflop_s": 0.1}
+    table = suite.table({"results": results + seconds, "failed": [], "ceilings": ceilings})
+    assert table.count("tokens/s") >= 2
+
+
+def test_operations_of_gpt2():
+    """124,439,808 parameters, 786,432 of them positions: 6 N + 12 L H Q T."""
+    parameters, flops = _training_step.counts(GPTConfig.gpt2())
+    assert parameters == 124_439_808
+    assert flops == 6 * (124_439_808 - 1024 * 768) + 12 * 12 * 12 * 64 * 1024
+
+
+def test_a_model_that_learns_otherwise_is_not_timed(monkeypatch):
+    step = headline.cases("cpu", small=True)[-2]
+    right = ops.linear_cross_entropy
+    monkeypatch.setattr(ops, "linear_cross_entropy", lambda *args, **kwargs: right(*args, **kwargs) * 1.1)
+    with pytest.raises(AssertionError, match="the losses on fastllm are"):
+        harness.Race(step, "cpu", 0.01)
 
 
 @bindings.needs_compiler
@@ -330,9 +623,9 @@ def result(device: str = "cpu", name: str = "A CPU") -> dict:
 
     contenders = {"fastllm": figures(2.0), "eager": figures(7.0), "torch.compile": figures(3.0)}
     case = {"case": "fp32 4096x1024 forward", "direction": "forward", "backend": device, "target": "", "rounds": 20}
-    case |= {"bytes": 20_000_000, "flops": 1_000_000, "others": 0.0}
+    case |= {"bytes": 20_000_000, "flops": 1_000_000, "products": None, "tokens": 0, "others": 0.0}
     return {
-        "format": 1,
+        "format": 2,
         "date": "2026-01-02",
         "machine": {"device": device, "cpu": "A CPU", "threads": 2, "name": name},
         "versions": {"torch": "2.13.0"},
@@ -343,6 +636,74 @@ def result(device: str = "cpu", name: str = "A CPU") -> dict:
         ],
         "failed": [],
     }
+
+
+def mixed_result() -> dict:
+    """A case of each unit, and a rival that two of them lack."""
+    data = result("cuda", "A GPU")
+    norm, products = data["results"]
+    products |= {"op": "attention", "flops": 500_000_000, "products": "fp32"}
+    step = {**norm, "op": "training_step", "flops": 250_000_000, "products": "fp32", "tokens": 64}
+    for one in (norm, step):
+        one["skipped"] = {"Liger": "no module 'liger_kernel' is installed"}
+    products["skipped"] = {"SDPA efficient": "RuntimeError: No available kernel"}
+    data["results"].append(step)
+    return data
+
+
+UNITS = [
+    ("10 GB/s", "50% of copy"),
+    ("0.25 TFLOP/s", "50% of fp32 matmul"),
+    ("32,000 tokens/s", "MFU 25% of 0.5 TFLOP/s"),
+]
+
+
+def test_every_unit_in_every_place(tmp_path, monkeypatch):
+    data = mixed_result()
+    assert [harness.achieved(r, "fastllm", data["ceilings"]) for r in data["results"]] == UNITS
+    rows = [line for line in suite.table(data).splitlines() if "fastllm (" in line]
+    for row, (rate, share) in zip(rows, UNITS, strict=True):
+        assert re.search(rf"{rate} +{share}$", row), row
+    rows = [line for line in report.markdown(data).splitlines() if line.startswith("| `")]
+    for row, (rate, share) in zip(rows, UNITS, strict=True):
+        assert f"| {rate} ({share}) |" in row
+
+    report.require("matplotlib", "bench").use("Agg")
+    axes = report.require("matplotlib.axes", "bench").Axes
+    drawn, annotate = [], axes.annotate
+    monkeypatch.setattr(
+        axes, "annotate", lambda self, text, at, **k: (drawn.append((text, at)), annotate(self, text, at, **k))
+    )
+    page = report.write(data, tmp_path).read_text()
+    rows = re.findall(r'<tr class="fastllm">(.*?)</tr>', page)
+    for row, (rate, share) in zip(rows, UNITS, strict=True):
+        assert f"<td>{rate}</td><td>{share}</td>" in row
+    bars = dict(drawn)
+    for (rate, share), height in zip(UNITS, (50, 50, 25), strict=True):
+        assert bars[f"{rate}, {share}"][0] == pytest.approx(height), "bars are shares"
+    assert "(Chowdhery et al., 2022)" in page
+
+
+def test_missing_rivals_are_named_in_every_place(tmp_path):
+    data = mixed_result()
+    lines = [
+        "Liger is not timed in rms_norm, training_step: no module 'liger_kernel' is installed",
+        "SDPA efficient is not timed in attention: RuntimeError: No available kernel",
+    ]
+    page = html.unescape(report.write(data, tmp_path).read_text())
+    markdown, table = report.markdown(data), suite.table(data)
+    for line in lines:
+        assert f"\n{line}.\n" in markdown
+        assert f"<p>{line}</p>" in page
+    assert table.count("Liger") == 2
+    assert table.count("not timed: no module 'liger_kernel' is installed") == 2
+
+
+def test_results_of_another_format(tmp_path):
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps(result() | {"format": 1}))
+    with pytest.raises(ValueError, match="has format 1, not 2: measure anew"):
+        report.main([str(path), "--out", str(tmp_path)])
 
 
 def test_readme_block(tmp_path, monkeypatch, capsys):
@@ -366,10 +727,10 @@ def test_readme_block(tmp_path, monkeypatch, capsys):
     assert report.main(check) == 1
     assert report.main(write) == 0
     text = readme.read_text()
-    assert "| op | case | fastllm, ms | GB/s (of copy) | vs eager | vs torch.compile |" in text
-    assert "| `rms_norm` | fp32 4096x1024 forward | 2.000 ± 2% | 10 (50%) | 3.50x | 1.50x |" in text
-    assert "| `layer_norm` | fp32 4096x1024 forward | 2.000 ± 2% | 10 (50%) | 2.00x | n/a |" in text
-    assert "2026-01-02; torch 2.13.0. Measured ceilings: copy 20 GB/s, matmul fp32 0.5 TFLOP/s." in text
+    assert "| op | case | fastllm, ms | rate (of ceiling) | vs eager | vs torch.compile |" in text
+    assert "| `rms_norm` | fp32 4096x1024 forward | 2.000 ± 2% | 10 GB/s (50% of copy) | 3.50x | 1.50x |" in text
+    assert "| `layer_norm` | fp32 4096x1024 forward | 2.000 ± 2% | 10 GB/s (50% of copy) | 2.00x | n/a |" in text
+    assert "2026-01-02; torch 2.13.0. Measured ceilings (medians): copy 20 GB/s, matmul fp32 0.5 TFLOP/s." in text
     assert "GPU: not yet measured." in text
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")

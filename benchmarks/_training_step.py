@@ -1,0 +1,98 @@
+"""A training step of `fastllm.models.GPT`: on fastllm's ops and AdamW, on stock PyTorch, and that compiled.
+
+All train the same weights on the same batch as `fastllm train` does: bfloat16 by autocast, gradients clipped to a norm
+of 1, AdamW on float32 weights. The losses of the first steps are compared.
+
+Operations are counted as in PaLM (Chowdhery et al., 2022, appendix B): a token takes 6 N + 12 L H Q T, with N
+parameters, L layers, H heads of width Q, and T positions, whether or not a causal mask hides half of them. The table of
+positions is in no product and not in N. Over what the machine's matrix product reaches, this is their model FLOPs
+utilization (MFU). Bytes: parameters, gradients and moments as AdamW moves them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fastllm import ops
+from fastllm.benchmarks.harness import COMPILED, NOT_COMPILED, Case, Ready
+from fastllm.models import GPT, GPTConfig
+from fastllm.testing import sample
+from fastllm.trainer import TrainConfig, make_optimizer
+
+STEPS = 3  # on which the losses are compared
+TOLERANCE = 2e-2
+OURS_COMPILED = "fastllm, compiled"
+TRAIN = TrainConfig(lr=1e-4)  # small: at a large rate, differences in rounding grow from step to step
+
+
+def counts(config: GPTConfig) -> tuple[int, int]:
+    """The model's parameters, and the operations of a token."""
+    with torch.device("meta"):
+        model = GPT(config)
+    parameters = model.num_parameters()
+    positions = 0 if model.positions is None else model.positions.weight.numel()
+    attention = 12 * config.layers * config.heads * config.head_dim * config.context
+    return parameters, 6 * (parameters - positions) + attention
+
+
+def _ready(config: GPTConfig, device: str, inputs_BT: Tensor, targets_BT: Tensor, compiled: bool = False) -> Ready:
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = GPT(config).train()
+    optimizer = make_optimizer(model, replace(TRAIN, optimizer=config.ops))
+    forward = torch.compile(model, dynamic=False) if compiled else model
+
+    def step() -> Tensor:
+        with torch.autocast(device, torch.bfloat16):
+            loss = forward(inputs_BT, targets_BT)
+        loss.backward()
+        if config.ops == "torch":  # ours clips in its step
+            torch.nn.utils.clip_grad_norm_(model.parameters(), TRAIN.clip)
+        optimizer.step()
+        return loss.detach()
+
+    return Ready(optimizer.zero_grad, step)
+
+
+def _losses(ready: Ready) -> list[float]:
+    return [float((ready.prepare(), ready.call())[1]) for _ in range(STEPS)]
+
+
+def setup(config: GPTConfig, batch: int, device: str, compiles: bool) -> dict[str, Callable[[], Ready] | str]:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(config.vocab_size, (batch, config.context + 1), generator=generator).to(device)
+    batches = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    stock = replace(config, ops="torch")
+    ours, eager = _ready(config, device, *batches), _ready(stock, device, *batches)
+    losses = _losses(ours), _losses(eager)
+    if max(abs(a - b) for a, b in zip(*losses, strict=True)) > TOLERANCE:
+        raise AssertionError(f"the losses on fastllm are {losses[0]}, on stock PyTorch {losses[1]}")
+    found: dict[str, Callable[[], Ready] | str] = {"fastllm": lambda: ours, "eager": lambda: eager}
+    for name, chosen in ((COMPILED, stock), (OURS_COMPILED, config)):
+        found[name] = functools.partial(_ready, chosen, device, *batches, compiled=True) if compiles else NOT_COMPILED
+    return found
+
+
+def case(label: str, config: GPTConfig, batch: int, device: str, compiles: bool = True) -> Case:
+    parameters, flops = counts(config)
+    tokens = batch * config.context
+    return Case(
+        op="training_step",
+        name=f"{label} bf16 {batch}x{config.context}",
+        direction="forward+backward",
+        args=lambda: sample("layer_norm", device)[0],
+        rivals={},
+        bytes=28 * parameters,
+        flops=flops * tokens,
+        products=torch.bfloat16,
+        tokens=tokens,
+        target="1x torch.compile",
+        call=ops.layer_norm,  # for the name of the backend alone
+        setup=functools.partial(setup, config, batch, device, compiles),
+        rounds=(5, 15),
+    )

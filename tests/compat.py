@@ -34,12 +34,12 @@ TEXT = "It was the best of times, it was the worst of times, it was the age of w
 BEFORE = """# Compatibility
 
 One wheel serves every torch from 2.11 on. `make compat PYTHONS=...` builds it with the oldest torch and with the
-project's own, installs each into every environment, runs what users do, and writes this table.
+project's own, installs both into every environment, runs what users do, and writes this table.
 """
-AFTER = """`import` finds every op in the CPU library, and in a CUDA build of torch every op in the CUDA library, too; no
-CUDA kernel is launched. `ops`: every op, forward and backward in three dtypes, beside its reference. `compile`: every op
-with `fullgraph=True`, and a GPT by Inductor. `patch`: a Llama and a GPT-2 of transformers. `train`: the command line's
-train, generate and eval. `triton`: attention's kernels, compiled for sm_90."""
+AFTER = """`import` finds every op in the CPU library, and in a CUDA build of torch every op in the CUDA library, too;
+no CUDA kernel is launched. `ops`: every op, forward and backward in three dtypes, beside its reference. `compile`: every
+op with `fullgraph=True`, and a GPT by Inductor. `patch`: a Llama and a GPT-2 of transformers. `train`: the command
+line's train, generate and eval. `triton`: attention's kernels, compiled for sm_90."""
 
 
 class Absent(Exception):

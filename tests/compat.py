@@ -37,9 +37,9 @@ One wheel serves every torch from 2.11 on. `make compat PYTHONS=...` builds it w
 project's own, installs both into every environment, runs what users do, and writes this table.
 """
 AFTER = """`import` finds every op in the CPU library, and in a CUDA build of torch every op in the CUDA library, too;
-no CUDA kernel is launched. `ops`: every op, forward and backward in three dtypes, beside its reference. `compile`: every
-op with `fullgraph=True`, and a GPT by Inductor. `patch`: a Llama and a GPT-2 of transformers. `train`: the command
-line's train, generate and eval. `triton`: attention's kernels, compiled for sm_90."""
+no CUDA kernel is launched. `ops`: every op, forward and backward in three dtypes, beside its reference. `compile`:
+every op with `fullgraph=True`, and a GPT by Inductor. `patch`: a Llama and a GPT-2 of transformers. `train`: the
+command line's train, generate and eval. `triton`: attention's kernels, compiled for sm_90."""
 
 
 class Absent(Exception):

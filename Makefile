@@ -13,13 +13,14 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 COMPILED := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help setup demo test test-all lint format bench gpu sanitize compat wheel clean
+.PHONY: help setup demo test test-slow test-all lint format bench gpu sanitize compat wheel clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    train a small GPT on English prose and compare its step with PyTorch's (a few minutes)"
 	@echo "make setup   what the others do first: .venv, with everything built and installed"
-	@echo "make test    the test suite"
+	@echo "make test    the test suite, in under ten minutes on two cores"
+	@echo "make test-all that, and the tests that take long (test-slow)"
 	@echo "make lint    ruff, clang-format, mypy"
 	@echo "make format  rewrite the sources as lint wants them"
 	@echo "make bench   every op against its rivals; results in runs/bench"
@@ -57,8 +58,16 @@ setup: $(READY)
 demo: $(READY)
 	$(PY) -m fastllm demo
 
+# In as many processes as there are cores, up to eight: each takes a gigabyte and a half of memory.
+PYTEST = $(PY) -m pytest -n $(or $(JOBS),$(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))) --dist worksteal
+
 test: $(READY)
-	$(PY) -m pytest
+	$(PYTEST) -m "not slow"
+
+test-slow: $(READY)
+	$(PYTEST) -m slow
+
+test-all: test test-slow
 
 lint: $(READY)
 	$(PY) -m ruff check .

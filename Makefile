@@ -24,8 +24,8 @@ help:
 	@echo "make lint    ruff, clang-format, mypy"
 	@echo "make format  rewrite the sources as lint wants them"
 	@echo "make bench   every op against its rivals; results in runs/bench"
-	@echo "make gpu     on a machine with an NVIDIA GPU: build, test, measure; results in OUT=$(OUT)"
-	@echo "make sanitize after make gpu: every op under compute-sanitizer's four tools"
+	@echo "make gpu     on a machine with an NVIDIA GPU: build, check, measure, in 12 minutes; results in OUT=$(OUT)"
+	@echo "make sanitize there: the CUDA C++ ops under compute-sanitizer's four tools; results in OUT=$(OUT)-sanitize"
 	@echo "make compat  one wheel in other environments, PYTHONS=\"python...\"; writes docs/compatibility.md"
 	@echo "make wheel   sdist and wheel in dist/"
 	@echo "make clean   remove what was built and installed; runs/ stays"
@@ -83,27 +83,12 @@ format: $(READY)
 bench: $(READY)
 	$(PY) -m fastllm bench --json runs/bench/ --report runs/bench
 
-# Uses PYTHON as it is: installs nothing, needs no network, under eight minutes.
-gpu: export PYTHONPATH := $(CURDIR)
-gpu: export FASTLLM_CUDA_ARCHS ?= native
+# Both use PYTHON as it is: benchmarks/gpu_run.py installs nothing, needs no network, and says what it did not reach.
 gpu:
-	@mkdir -p $(OUT)
-	$(PYTHON) setup.py --quiet build_ext --inplace > $(OUT)/build.log 2>&1 || { tail -40 $(OUT)/build.log; exit 1; }
-	$(PYTHON) -m fastllm info --json > $(OUT)/info.json
-	$(PYTHON) -m fastllm info
-	@status=0; \
-	$(PYTHON) -m pytest -q -m gpu -p no:cacheprovider > $(OUT)/tests.log 2>&1 || status=$$?; tail -15 $(OUT)/tests.log; \
-	$(PYTHON) -m fastllm bench --device cuda --json $(OUT)/ --report $(OUT)/report 2>&1 | tee $(OUT)/bench.log || status=$$?; \
-	exit $$status
+	$(PYTHON) benchmarks/gpu_run.py --out $(OUT) --minutes 12
 
-# Of the kernels that are built in place; torch's caching allocator would hide reads beyond a tensor's end.
-sanitize: export PYTHONPATH := $(CURDIR)
-sanitize: export PYTORCH_NO_CUDA_MEMORY_CACHING := 1
 sanitize:
-	@for tool in memcheck racecheck initcheck synccheck; do \
-	  echo "$$tool"; \
-	  compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON) tests/every_op.py cuda || exit 1; \
-	done
+	$(PYTHON) benchmarks/gpu_run.py --out $(OUT)-sanitize --minutes 30 --stages sanitize
 
 compat: $(READY)
 	$(PY) tests/compat.py $(PYTHONS)

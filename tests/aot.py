@@ -15,13 +15,12 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from unittest import mock
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from fastllm.kernels import _utils
+from fastllm.precompile import Launch, aligned, recorded
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -39,14 +38,6 @@ TYPES = {
 
 
 @dataclass
-class Launch:
-    kernel: triton.JITFunction
-    config: _utils.Config
-    args: dict
-    fusion: bool = True
-
-
-@dataclass
 class Resources:
     registers: int
     spills: int  # bytes of stack frame and spills, on AMD the number of spilled registers
@@ -56,17 +47,7 @@ class Resources:
 
 def record(target: str, run: Callable[[], None]) -> list[Launch]:
     """What `run` would launch on `target`."""
-    launches: list[Launch] = []
-
-    def take_down(kernel, grid, config, fusion=True, **args):
-        launches.append(Launch(kernel, config, args, fusion))
-
-    chip = (TARGETS[target].backend, TARGETS[target].arch)
-    with (
-        mock.patch.object(_utils, "launch", take_down),
-        mock.patch.object(_utils, "chip", return_value=chip),
-        mock.patch.object(_utils, "multiprocessors", return_value=132),
-    ):
+    with recorded((TARGETS[target].backend, TARGETS[target].arch)) as launches:
         run()
     return launches
 
@@ -80,7 +61,8 @@ def source(launch: Launch) -> triton.compiler.ASTSource:
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[name] = TYPES[value.dtype]
-            attributes[position,] = [["tt.divisibility", 16]]
+            if aligned(value):
+                attributes[position,] = [["tt.divisibility", 16]]
         elif isinstance(value, int):
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if value % 16 == 0:

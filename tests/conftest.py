@@ -12,6 +12,9 @@ import torch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu"):  # a test of a kernel must not pass on the reference
+            item.add_marker(pytest.mark.filterwarnings("error::fastllm.backends.FallbackWarning"))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no NVIDIA GPU")
@@ -23,6 +26,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _warn_again(request: pytest.FixtureRequest) -> None:
+    """A fallback that an earlier test was warned of is an error in every test of a GPU."""
+    if request.node.get_closest_marker("gpu"):
+        from fastllm import backends
+
+        backends.warn_again()
 
 
 @pytest.fixture

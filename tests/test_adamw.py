@@ -9,6 +9,7 @@ import math
 import bindings
 import pytest
 import torch
+from adamw_suite import HYPER, State, assert_same, beside_the_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.optim.adamw import adamw as torch_adamw
@@ -20,112 +21,10 @@ from fastllm.ops.adamw import _norm as norm_op
 from fastllm.reference import adamw as reference
 from fastllm.testing import LAYOUTS, make
 
-HYPER = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.1, "eps": 1e-8}
-SHAPES = ((1037, 7), (3,), (1,), (256,), (0,), (127,), (129, 5, 3), ())
 
-
-class State:
-    """The arguments of some steps: parameters of `shapes` and all that belongs to them."""
-
-    def __init__(
-        self,
-        dtype: torch.dtype,
-        *,
-        shapes=SHAPES,
-        grad_dtype: torch.dtype | None = None,
-        moment_dtype: torch.dtype | None = None,
-        master: str | None = None,
-        amsgrad: bool = False,
-        device: str = "cpu",
-        step: float = 0.0,
-    ):
-        moment_dtype = moment_dtype or dtype
-        self.grad_dtype = grad_dtype or dtype
-        self.params = [make(shape, dtype, device, seed=i) for i, shape in enumerate(shapes)]
-        self.moments = [[torch.zeros_like(p, dtype=moment_dtype) for p in self.params] for _ in range(2)]
-        self.largest = [torch.zeros_like(p, dtype=moment_dtype) for p in self.params] if amsgrad else []
-        self.steps = [torch.tensor(step, device=device) for _ in self.params]
-        self.masters: list[torch.Tensor] = []
-        if master == "float32":
-            self.masters = [p.float() for p in self.params]
-        elif master == "remainder":
-            self.masters = [torch.zeros_like(p, dtype=torch.int16) for p in self.params]
-        blocks = [-(-p.numel() // 256) for p in self.params] if moment_dtype == torch.uint8 else []
-        self.scales = [[torch.zeros(n, device=device) for n in blocks] for _ in range(2)]
-
-    def grads(self, seed: int) -> list[torch.Tensor]:
-        # Sizes from 1e-3 to 1e3, so that moments differ much inside a block.
-        found = []
-        for i, p in enumerate(self.params):
-            spread = 10 ** make(p.shape, torch.float32, p.device, 7 * seed + i)
-            found.append((make(p.shape, torch.float32, p.device, 1000 * seed + i) * spread).to(self.grad_dtype))
-        return found
-
-    def step(self, grads: list[torch.Tensor], **kwargs) -> None:
-        ops.adamw(
-            self.params,
-            grads,
-            *self.moments,
-            self.largest,
-            self.steps,
-            masters=self.masters,
-            exp_avg_scales=self.scales[0],
-            exp_avg_sq_scales=self.scales[1],
-            **{**HYPER, **kwargs},
-        )
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        lists = {"param": self.params, "exp_avg": self.moments[0], "exp_avg_sq": self.moments[1]}
-        lists |= {"max_exp_avg_sq": self.largest, "step": self.steps, "master": self.masters}
-        lists |= {"exp_avg_scale": self.scales[0], "exp_avg_sq_scale": self.scales[1]}
-        return {f"{name} {i}": x for name, values in lists.items() for i, x in enumerate(values)}
-
-
-def floats(state: State) -> dict[str, torch.Tensor]:
-    """What a state stands for, in float32 on the CPU: 16-bit weights with their remainders, codes with their scales."""
-    found = {f"param {i}": p.float() for i, p in enumerate(state.params)}
-    for i, master in enumerate(state.masters):
-        found[f"master {i}"] = join(state.params[i], master) if master.dtype == torch.int16 else master
-    for name, moments, scales in zip(("exp_avg", "exp_avg_sq"), state.moments, state.scales, strict=True):
-        for i, x in enumerate(moments):
-            found[f"{name} {i}"] = dequantize(x, scales[i], name == "exp_avg") if x.dtype == torch.uint8 else x.float()
-    found |= {f"max_exp_avg_sq {i}": x.float() for i, x in enumerate(state.largest)}
-    found |= {f"step {i}": x for i, x in enumerate(state.steps)}
-    return {name: x.cpu() for name, x in found.items()}
-
-
-def assert_same(got: State, expected: State, binding: str = "") -> None:
-    """Bit for bit. On a GPU, whose pow is not the host's, to some units in the last place of what is stored: a code may
-    be its neighbour."""
-    if binding == "cuda":
-        short = {torch.uint8: 0.12, torch.bfloat16: 2**-7, torch.float16: 2**-10}
-        for (name, a), b in zip(floats(got).items(), floats(expected).values(), strict=True):
-            kind = expected.moments[0][0].dtype if name.startswith(("exp", "max")) else expected.params[0].dtype
-            rtol = 2**-20 if name.startswith(("master", "step")) else short.get(kind, 2**-20)
-            torch.testing.assert_close(a, b, rtol=rtol, atol=1e-30, equal_nan=True, msg=name)
-        return
-    for (name, a), b in zip(got.tensors().items(), expected.tensors().values(), strict=True):
-        assert (a.dtype, a.shape) == (b.dtype, b.shape), name
-        if a.is_floating_point():
-            assert torch.equal(a.isnan(), b.isnan()), f"{name}: NaN elsewhere"
-            a, b = a.masked_fill(a.isnan(), 0), b.masked_fill(b.isnan(), 0)
-        assert torch.equal(a, b), f"{name}: {(a != b).sum()} of {a.numel()} differ"
-
-
-def compare(binding: str, steps: int = 3, grad_scale: float | None = None, **options) -> None:
-    kwargs = {key: options.pop(key) for key in ("maximize", "stochastic_rounding", "seed") if key in options}
+def compare(binding: str, steps: int = 3, **options) -> None:
     with bindings.bound(binding) as device:
-        got, expected = State(device=device, **options), State(**options)
-        for seed in range(steps):
-            grads = [g.to(device) for g in expected.grads(seed)]
-            copies = [g.cpu().clone() for g in grads]
-            scale = None if grad_scale is None else torch.tensor(grad_scale)
-            got.step(grads, grad_scale=None if scale is None else scale.to(device), **kwargs)
-            with fastllm.use_backend("reference"):
-                expected.step(copies, grad_scale=scale, **kwargs)
-            if grad_scale is not None:
-                for g, c in zip(grads, copies, strict=True):
-                    torch.testing.assert_close(g.cpu(), c, rtol=0, atol=0)
+        got, expected = beside_the_reference(device, steps, **options)
     assert_same(got, expected, binding)
 
 

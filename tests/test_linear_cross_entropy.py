@@ -11,6 +11,7 @@ import tempfile
 import pytest
 import torch
 import torch.distributed as dist
+from eager import linear_cross_entropy as eager
 from torch.nn import functional as F
 
 import fastllm
@@ -26,23 +27,6 @@ OPTIONS = [
     {"softcap": 3.0},
     {"softcap": 3.0, "label_smoothing": 0.2, "z_loss": 0.1},
 ]
-
-
-def eager(
-    input, weight, target, *, linear_bias=None, z_loss=0.0, softcap=0.0, reduction="mean", num_valid=None, **rest
-):
-    """Stock PyTorch, with the logits."""
-    rest.pop("chunk_size", None)
-    t = F.linear(input, weight, linear_bias).flatten(0, -2)
-    target, shape = target.flatten(), target.shape
-    t = softcap * torch.tanh(t / softcap) if softcap else t
-    rows = F.cross_entropy(t, target, reduction="none", **rest)
-    valid = target != -100
-    if z_loss:
-        rows = rows + torch.where(valid, z_loss * torch.logsumexp(t, 1).square(), 0.0)
-    if reduction == "none":
-        return rows.view(shape)
-    return rows.sum() / (valid.sum() if num_valid is None else num_valid) if reduction == "mean" else rows.sum()
 
 
 def draw(rows=23, hidden=24, classes=41, dtype=torch.float32, layout="contiguous"):

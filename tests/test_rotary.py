@@ -7,6 +7,7 @@ import functools
 import bindings
 import pytest
 import torch
+from eager import rotary as eager
 
 import fastllm
 from fastllm import ops
@@ -20,28 +21,6 @@ CPU = [f"cpu-{isa}" for isa in bindings.ISAS]
 def tables(rows: int, half: int) -> tuple[torch.Tensor, torch.Tensor]:
     angles = torch.outer(torch.arange(rows, dtype=torch.float64), 100.0 ** -(torch.arange(half) / max(half, 1)))
     return angles.cos().float(), angles.sin().float()
-
-
-def eager(q, k, *, cos, sin, interleaved=False, position_ids=None):
-    """What models do, in the dtype of q; (B, H, S, D)."""
-    if position_ids is not None:
-        cos, sin = (t[position_ids.expand(q.shape[0], q.shape[2])] for t in (cos, sin))
-    elif cos.dim() == 2:
-        cos, sin = (t[None, : q.shape[2]] for t in (cos, sin))
-    cos, sin = cos[:, None].to(q.dtype), sin[:, None].to(q.dtype)
-    half = cos.shape[-1]
-
-    def turn(x):
-        front, rest = x[..., : 2 * half], x[..., 2 * half :]
-        if interleaved:
-            a, b = front[..., ::2], front[..., 1::2]
-            front = torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
-        else:
-            a, b = front.chunk(2, -1)
-            front = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
-        return torch.cat((front, rest), -1)
-
-    return turn(q), turn(k)
 
 
 def check(shape=(2, 4, 9, 32), kv_heads=2, half=None, dtype=torch.float32, bshd=False, layout="contiguous", **kwargs):

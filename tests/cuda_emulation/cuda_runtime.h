@@ -34,6 +34,7 @@ extern Position position;  // of the fiber that runs
 void barrier();
 float shuffle_xor(unsigned mask, float value, int lane_mask);
 void run(dim3 grid, dim3 block, const std::function<void()>& kernel);
+void note(const char* launcher, dim3 grid, dim3 block);
 
 }  // namespace emulation
 
@@ -62,6 +63,7 @@ namespace fastllm {
 
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), dim3 grid, dim3 block, cudaStream_t, const Args&... args) {
+  emulation::note(__PRETTY_FUNCTION__, grid, block);
   emulation::run(grid, block, [&] { kernel(static_cast<Params>(args)...); });
 }
 

@@ -33,7 +33,7 @@ std::vector<Warp> warps;
 ucontext_t scheduler;
 unsigned current, threads, arrived, generation;
 bool progress;
-std::string error;
+std::string error, launches;
 const std::function<void()>* kernel;
 int order = 0;
 
@@ -136,7 +136,25 @@ void run(dim3 grid, dim3 block, const std::function<void()>& body) {
   }
 }
 
+void note(const char* launcher, dim3 grid, dim3 block) {
+  const std::string text = launcher;  // "... [with Params = {NormFwd}; Args = {NormFwd}]"
+  const size_t first = text.find("Params = ") + 9;
+  launches += text.substr(first, text.find("Args = ", first) - 2 - first);
+  for (unsigned number : {grid.x, grid.y, block.x, block.y}) {
+    launches += " " + std::to_string(number);
+  }
+  launches += "\n";
+}
+
 }  // namespace emulation
+
+// The launches since the last call, a line each: the types of the kernel's arguments, grid.x, grid.y, block.x, block.y.
+extern "C" __attribute__((visibility("default"))) const char* emulation_launches() {
+  static std::string told;
+  told.swap(emulation::launches);
+  emulation::launches.clear();
+  return told.c_str();
+}
 
 // 0: threads in order; 1: in reverse; 2: scattered (1021 is prime, so every thread has its turn).
 extern "C" __attribute__((visibility("default"))) void emulation_set_order(int value) {

@@ -1,0 +1,234 @@
+"""benchmarks/gpu_run.py where it matters that something goes wrong: time-outs, crashes, kills. Its stages are rehearsed
+by `gpu_run.py --rehearse`."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+SCRIPT = Path(__file__).parent.parent / "benchmarks/gpu_run.py"
+WORKER = f"""
+import os, signal, subprocess, sys, time
+sys.path.insert(0, {str(SCRIPT.parent)!r})
+from gpu_run import serve
+
+def handle(job):
+    print("what a job prints is no answer")
+    if job["do"] == "sleep":
+        child = subprocess.Popen(["sleep", "60"])
+        if "file" in job:
+            open(job["file"], "w").write(str(child.pid))
+        time.sleep(job.get("seconds", 60))
+    if job["do"] == "crash":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if job["do"] == "damage":
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    if job["do"] == "fail":
+        raise ValueError("wrong " * 1000)
+    return {{"pid": os.getpid()}}
+
+serve(handle)
+"""
+
+
+@pytest.fixture(scope="module")
+def gpu_run():
+    spec = importlib.util.spec_from_file_location("gpu_run", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["gpu_run"] = module
+    before = list(sys.path)
+    spec.loader.exec_module(module)
+    yield module
+    sys.path[:] = before
+    del sys.modules["gpu_run"]
+
+
+@pytest.fixture
+def run(gpu_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_run, "start_build", lambda run: None)
+    return gpu_run.Run(tmp_path / "out", 1.0)
+
+
+@pytest.fixture
+def start(gpu_run, run, tmp_path):
+    file = tmp_path / "worker.py"
+    file.write_text(WORKER)
+    return lambda: gpu_run.Worker([sys.executable, str(file)], run.environment(), run.log)
+
+
+def lines(run) -> list[dict]:
+    return [json.loads(line) for line in run.results.read_text().splitlines()]
+
+
+def alive(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_a_crash_costs_its_own_job(gpu_run, run, start):
+    outcome = gpu_run.Outcome()
+    jobs = [{"do": word, "index": i} for i, word in enumerate(("ok", "crash", "ok", "damage", "fail", "ok"))]
+    run.jobs(outcome, "smoke", jobs, start, 1, time.monotonic() + 30)
+    found = lines(run)
+    assert [line["ok"] for line in found] == [True, False, True, False, False, True]
+    assert "SIGSEGV" in found[1]["error"]
+    assert "illegal memory access" in found[3]["error"]
+    assert found[4]["error"].startswith("ValueError: wrong wrong")
+    assert len(found[4]["error"]) <= gpu_run.SHORT
+    assert len({line["pid"] for line in found if line["ok"]}) == 3, "after a crash and a CUDA error, a fresh process"
+    assert (outcome.jobs, outcome.answered, len(outcome.failed), outcome.note) == (6, 6, 3, "")
+    assert "what a job prints" in run.log.read_text()
+
+
+def test_an_answer_may_bring_further_jobs(gpu_run, start):
+    answered = []
+
+    def done(job, answer):
+        answered.append(job["index"])
+        return [{"do": "ok", "index": 10 * job["index"] + i} for i in (1, 2)] if job["index"] < 10 else None
+
+    jobs = [{"do": "ok", "index": 1}, {"do": "ok", "index": 2}]
+    assert gpu_run.run_jobs(jobs, start, 2, time.monotonic() + 30, done) == 6
+    assert sorted(answered) == [1, 2, 11, 12, 21, 22]
+
+
+def test_a_job_that_takes_too_long_is_ended(gpu_run, run, start):
+    outcome = gpu_run.Outcome()
+    run.jobs(outcome, "smoke", [{"do": "sleep"}, {"do": "ok"}], start, 1, time.monotonic() + 30, job_seconds=1.0)
+    first, second = lines(run)
+    assert first["error"] == "no answer in 1 s"
+    assert second["ok"]
+
+
+def test_a_stage_out_of_time_is_ended_with_all_it_started_and_the_next_goes_on(
+    gpu_run, run, start, tmp_path, monkeypatch, capsys
+):
+    def hangs(run, outcome, deadline):
+        file = str(tmp_path / "pid")
+        jobs = [{"do": "ok"}, {"do": "sleep", "file": file}, {"do": "ok"}]
+        run.jobs(outcome, "smoke", jobs, start, 1, deadline)
+
+    def answers(run, outcome, deadline):
+        run.facts["ceilings"] = {"copy_gb_s": 1.0}
+        run.jobs(outcome, "headline", [{"do": "ok"}], start, 1, deadline)
+
+    def raises(run, outcome, deadline):
+        raise RuntimeError("the stage itself")
+
+    stages = {"facts": answers, "smoke": hangs, "headline": answers, "tuning": raises, "tests": answers}
+    monkeypatch.setattr(gpu_run, "STAGES", stages)
+    monkeypatch.setattr(gpu_run, "SHARES", dict.fromkeys(stages, 0.9) | {"smoke": 0.05})
+    assert gpu_run.perform(run, ["smoke", "headline", "tuning"]) == 1
+    assert run.outcomes["smoke"].note == "out of time after 1 of 3"
+    assert run.outcomes["headline"].answered == 1
+    assert not alive(int((tmp_path / "pid").read_text()))
+    page = (run.out / "summary.txt").read_text()
+    assert "1 of 3" in page
+    assert "RuntimeError: the stage itself" in page
+    assert page in capsys.readouterr().out
+    assert len(list(run.out.iterdir())) <= 6
+    assert all(path.is_file() for path in run.out.iterdir())
+
+
+def test_no_stage_starts_without_time(gpu_run, run, monkeypatch):
+    def slow(run, outcome, deadline):
+        run.facts["ceilings"] = {"copy_gb_s": 1.0}
+        run.deadline = time.monotonic()
+
+    monkeypatch.setattr(gpu_run, "STAGES", {"facts": slow, "smoke": slow})
+    assert gpu_run.perform(run, ["facts", "smoke"]) == 0
+    assert list(run.outcomes) == ["facts"]
+    assert "smoke     not started: no time left" in (run.out / "summary.txt").read_text()
+
+
+def test_results_survive_a_kill(tmp_path):
+    worker, out = tmp_path / "worker.py", tmp_path / "out"
+    worker.write_text(WORKER)
+    program = f"""
+import sys, time
+sys.path.insert(0, {str(SCRIPT.parent)!r})
+from pathlib import Path
+import gpu_run
+run = gpu_run.Run(Path({str(out)!r}), 1.0)
+start = lambda: gpu_run.Worker([sys.executable, {str(worker)!r}], run.environment(), run.log)
+jobs = [{{"do": "ok"}}, {{"do": "ok"}}, {{"do": "sleep", "seconds": 2}}]
+run.jobs(gpu_run.Outcome(), "smoke", jobs, start, 1, time.monotonic() + 60)
+"""
+    process = subprocess.Popen([sys.executable, "-c", program])
+    results = out / "results.jsonl"
+    for _ in range(200):
+        if results.exists() and results.read_text().count("\n") == 2:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert [json.loads(line)["ok"] for line in results.read_text().splitlines()] == [True, True]
+
+
+def test_nothing_goes_on_without_a_gpu(gpu_run, run, monkeypatch):
+    def none(run, outcome, deadline):
+        outcome.failed.append("facts: RuntimeError: torch sees no GPU")
+
+    monkeypatch.setattr(gpu_run, "STAGES", {"facts": none, "smoke": none})
+    assert gpu_run.perform(run, ["smoke"]) == 1
+    assert list(run.outcomes) == ["facts"]
+    page = (run.out / "summary.txt").read_text()
+    assert "torch sees no GPU" in page
+    assert "smoke     not started: the facts are not known" in page
+
+
+def test_stages_by_name_and_number(gpu_run, capsys, tmp_path):
+    assert gpu_run.choose_stages("headline,1") == ["facts", "headline"]
+    assert gpu_run.choose_stages(",".join(gpu_run.STAGES)) == list(gpu_run.STAGES)
+    assert list(gpu_run.SHARES) == list(gpu_run.STAGES)
+    for wrong in ("7", "smokes", "0"):
+        assert gpu_run.main(["--out", str(tmp_path / "none"), "--stages", f"1,{wrong}"]) == 2
+        assert f"unknown stage '{wrong}'; known are 1 facts, 2 smoke" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_users_pythonpath_is_kept(gpu_run, run, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "/of/the/user")
+    assert run.environment()["PYTHONPATH"].split(os.pathsep) == [
+        str(gpu_run.ROOT),
+        str(gpu_run.ROOT / "tests"),
+        "/of/the/user",
+    ]
+    monkeypatch.delenv("PYTHONPATH")
+    assert not run.environment()["PYTHONPATH"].endswith(os.pathsep)
+
+
+def test_a_library_must_be_of_these_sources(gpu_run, tmp_path):
+    library = tmp_path / "_C_cuda.so"
+    assert gpu_run.library_state(library) == "not built"
+    library.write_bytes(b"\x7fELF" + os.urandom(99))
+    assert gpu_run.library_state(library) == "does not say which sources it was built from"
+    digest = gpu_run.source_digest().encode()
+    library.write_bytes(b"\x7fELF\0fastllm-sources:" + digest + b"\0more")
+    assert gpu_run.library_state(library) == "matches"
+    library.write_bytes(b"\x7fELF\0fastllm-sources:" + digest[::-1] + b"\0more")
+    assert gpu_run.library_state(library) == "was built from other sources"
+
+
+def test_every_test_leaves_a_line_as_it_ends(gpu_run, run, monkeypatch):
+    monkeypatch.setenv("FASTLLM_GPU_RUN_RESULTS", str(run.results))
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    crash = SimpleNamespace(reprcrash=SimpleNamespace(message="assert 1 == 2"))
+    for when, outcome in (("setup", "passed"), ("call", "passed"), ("call", "failed"), ("setup", "skipped")):
+        report = SimpleNamespace(when=when, outcome=outcome, failed=outcome == "failed", longrepr=crash)
+        report.nodeid, report.duration = "test_x", 0.1
+        gpu_run.pytest_runtest_logreport(report)
+    assert [(line["outcome"], line.get("error")) for line in lines(run)] == [
+        ("passed", None),
+        ("failed", "assert 1 == 2"),
+        ("skipped", None),
+    ]

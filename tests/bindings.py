@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import hashlib
 import os
 import shutil
@@ -60,9 +61,15 @@ def emulation_library() -> Path:
     for source in sources:
         digest.update(source.read_bytes())
     library = ROOT / "build/cuda_emulation" / f"{digest.hexdigest()[:16]}.so"
-    if library.exists():
-        return library
     library.parent.mkdir(parents=True, exist_ok=True)
+    with library.with_suffix(".lock").open("w") as lock:  # the tests' processes all want it at once; one compiles
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            _compile_emulation(library)
+    return library
+
+
+def _compile_emulation(library: Path) -> None:
     torch_dir = Path(torch.__file__).parent
     flags = ["-O1", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas", "-x", "c++"]
     flags += ["-DFASTLLM_CUDA_EMULATION", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
@@ -70,16 +77,17 @@ def emulation_library() -> Path:
     compiled = [*sorted((ROOT / "csrc/cuda").glob("*.cu")), *sorted((ROOT / "csrc/cuda").glob("*.cpp"))]
     compiled.append(ROOT / "tests/cuda_emulation/emulation.cpp")
     objects = [library.with_suffix(f".{source.name}.o") for source in compiled]
-    for source, out in zip(compiled, objects, strict=True):
-        subprocess.run([CXX, *flags, "-c", source, "-o", out], check=True)
+    compilers = [
+        subprocess.Popen([CXX, *flags, "-c", source, "-o", out]) for source, out in zip(compiled, objects, strict=True)
+    ]
+    assert [compiler.wait() for compiler in compilers] == [0] * len(compilers)
     # -Bsymbolic: the emulation's stubs of torch's CUDA functions are used inside, even beside a torch that has CUDA.
     link = [CXX, "-shared", "-Wl,-Bsymbolic", *objects, f"-L{torch_dir / 'lib'}", "-ltorch_cpu"]
-    partial = library.with_suffix(f".{os.getpid()}")
+    partial = library.with_suffix(".partial")
     subprocess.run([*link, "-o", partial], check=True)
     partial.rename(library)
     for out in objects:
         out.unlink()
-    return library
 
 
 _emulation: ctypes.CDLL | None = None

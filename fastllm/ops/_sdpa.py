@@ -59,8 +59,9 @@ def _bias(part: Part, mask: Tensor | None, like: Tensor, diagonal: int, left: in
         bias = mask[:, :, part.q0 : part.q1, part.k0 : part.k1]
         if bias.dtype == torch.bool:
             bias = torch.zeros_like(bias, dtype=like.dtype).masked_fill_(~bias, -torch.inf)
-        elif bias.dtype not in (like.dtype, torch.float32):
-            bias = bias.to(torch.promote_types(like.dtype, torch.float32))
+        # The kernel takes a float32 mask beside 16 bits; beside float64 it does not convert it, but misreads it.
+        elif bias.dtype not in (like.dtype, acc := torch.promote_types(like.dtype, torch.float32)):
+            bias = bias.to(acc)
     if part.banded:
         shape = (part.q1 - part.q0, part.k1 - part.k0, part.q0 + diagonal - part.k0)  # rows, keys, where row 0 stands
         if shape not in bands:

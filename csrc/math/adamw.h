@@ -4,10 +4,11 @@
 //   v <- b2 v + (1 - b2) g^2                 u = v, or with amsgrad the largest v so far
 //   p <- p - lr / (1 - b1^t) m / (sqrt(u) / sqrt(1 - b2^t) + eps)
 //
-// in the order of torch's own kernels and with the roundings of their vector loops, so that float32 comes out bit for bit
-// as theirs on a CPU. (What is left behind the last vector they compute in a loop of its own, for which the compiler may
-// choose another multiply-add for v: seen with AVX2 in torch 2.11 to 2.15.) Nothing here may be contracted to a multiply-add but what is written as one: `Ops` has the operations, on floats
-// or on vectors of floats, and setup.py tells the compiler.
+// in the order of torch's own kernels and with the roundings of their vector loops, so that float32 comes out bit for
+// bit as theirs on a CPU. (What is left behind the last vector they compute in a loop of its own, for which the
+// compiler may choose another multiply-add for v: seen with AVX2 in torch 2.11 to 2.15.) Nothing here may be contracted
+// to a multiply-add but what is written as one: `Ops` has the operations, on floats or on vectors of floats, and
+// setup.py tells the compiler.
 //
 // Beside it, what keeps 16-bit weights from losing small updates, and 8-bit moments. Reference: reference/adamw.py.
 #pragma once

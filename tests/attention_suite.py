@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastllm import ops
 from fastllm.reference import _attention as reference
@@ -74,6 +75,14 @@ def eager_attention(
     return (out, lse) if return_lse else out
 
 
+def stock_attention(q, k, v, mask, *, is_causal=False, causal_align="top_left", sinks, return_lse):
+    """torch's function on the mask of what is visible."""
+    assert (mask, sinks, return_lse) == (None, None, False)
+    right = 0 if is_causal else -1
+    seen = reference.visible(q.shape[2], k.shape[2], -1, right, causal_align == "bottom_right", q.device)
+    return F.scaled_dot_product_attention(q, k, v, seen)
+
+
 def features(names, batch: int, heads: int, seq_q: int, seq_k: int, device: str = "cpu") -> dict:
     """Keyword arguments of `attention` for the named features."""
     found: dict = {}
@@ -105,9 +114,11 @@ def check(
     bshd: bool = False,
     layout: str = "contiguous",
     grad_layout: str = "contiguous",
+    rival: Callable = eager_attention,
     **more,
 ) -> None:
-    """Output, lse and gradients of q, k, v and sinks are within budget of the reference in float64."""
+    """Output, lse and gradients of q, k, v and sinks are within the budget that `rival` leaves, of the reference in
+    float64."""
     batch, heads, seq_q, seq_k = shape
     kv_heads = 1 if "gqa" in names else heads
     extras = features(names, batch, heads, seq_q, seq_k, device) | more
@@ -129,7 +140,7 @@ def check(
             mask = mask.to(q.dtype)
         return fn(q, k, v, mask, sinks=sinks, return_lse=lse, **given)
 
-    ours, eager = functools.partial(call, ops.attention), functools.partial(call, eager_attention)
+    ours, eager = functools.partial(call, ops.attention), functools.partial(call, rival)
     check_op(ours, eager, args, grad_layout=grad_layout, roundings=ROUNDINGS, cancelling=CANCELLING)
 
 

@@ -21,7 +21,8 @@ from fastllm.backends import OPS
 from fastllm.testing import LAYOUTS, ODD_SIZES, check_op, make, poisoned_allocations
 
 # Each path of the CUDA kernels for rows of 16 and of 32 bits, and their borders; on the CPU, the vectors' borders.
-WIDTHS = (1, 3, 7, 16, 127, 129, 256, 512, 520, 1000, 1024, 2050, 4096, 4104, 8200, 16384)
+WIDTHS = (1, 3, 7, 16, 127, 129, 256, 512, 520, 1000, 1024, 2050, 4096, 4104)
+WIDE = (8200, 16384)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # (activations, parameters)
 MIXED = [(dtype, dtype) for dtype in DTYPES] + [(torch.bfloat16, torch.float32), (torch.float16, torch.float32)]
@@ -94,6 +95,13 @@ class NormSuite:
         with bindings.bound(binding) as device:
             self.check(self.args((rows, 40), torch.bfloat16, device=device))
 
+    @pytest.mark.slow
+    @pytest.mark.parametrize("binding", bindings.NAMES)
+    @pytest.mark.parametrize("width", WIDE)
+    def test_wide_rows(self, binding, width):
+        self.test_widths(binding, width)
+
+    @pytest.mark.slow
     @pytest.mark.parametrize("binding", bindings.NAMES)
     def test_very_long_rows(self, binding):
         with bindings.bound(binding) as device:
@@ -101,6 +109,7 @@ class NormSuite:
             for width in (20480, 20483) if binding == "cuda-emulated" else (131072, 131075):
                 self.check(self.args((2, width), torch.bfloat16, device=device))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("binding", [f"cpu-{isa}" for isa in bindings.ISAS])
     def test_large_outputs(self, binding):
         """From 8 MiB on, the CPU kernels write aligned rows around the cache."""

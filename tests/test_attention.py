@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 import torch._dynamo.testing
-from attention_suite import FEATURES, check, eager_attention
+from attention_suite import FEATURES, check, eager_attention, stock_attention
 from torch.nn import functional as F
 
 import fastllm
@@ -68,9 +68,24 @@ def test_the_reference_is_torchs_function():
     mask = torch.rand(9, 9) > 0.3
     with fastllm.use_backend("reference"):
         for kwargs in ({}, {"is_causal": True}, {"attn_mask": mask}, {"attn_mask": mask * 1.5}, {"scale": 0.3}):
-            torch.testing.assert_close(
-                ops.attention(q, k, v, **kwargs), F.scaled_dot_product_attention(q, k, v, **kwargs)
-            )
+            found = ops.attention(q, k, v, **kwargs)
+            if "attn_mask" in kwargs and kwargs["attn_mask"].dtype != torch.bool:
+                kwargs = {"attn_mask": kwargs["attn_mask"].double()}
+            torch.testing.assert_close(found, F.scaled_dot_product_attention(q, k, v, **kwargs))
+
+
+@pytest.mark.parametrize("mask_dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_masks_of_other_dtypes(dtype, mask_dtype):
+    """On the torch backend as on the reference. (torch's fused kernel misreads a float32 mask beside float64.)"""
+    q, k, v = (x.detach().to(dtype) for x in draw(2, 4, 9, 8))
+    mask = (1.5 * (torch.rand(9, 9) > 0.3)).to(mask_dtype)
+    results = []
+    for backend in ("torch", "reference"):
+        with fastllm.use_backend(backend):
+            results.append(ops.attention(q, k, v, mask))
+    tolerance = 1e-5 if dtype.itemsize > 2 else 2e-2
+    torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
 
 
 def test_philox_against_published_vectors():
@@ -104,7 +119,9 @@ def test_dropout_drops_its_share_and_follows_the_seed():
 def test_torch_backend(shape, dtype):
     with fastllm.use_backend("torch"):
         for names in ((), ("causal",), ("causal", "bottom_right"), ("window",), ("window", "bottom_right", "gqa")):
-            check(names, shape=shape, dtype=dtype, lse=False)
+            # On a CPU without AVX-512 torch's kernel rounds more in float16 than the formula does: that is its budget.
+            rival = stock_attention if dtype == torch.float16 and "window" not in names else eager_attention
+            check(names, shape=shape, dtype=dtype, lse=False, rival=rival)
 
 
 @pytest.mark.parametrize("pair", [p for p in itertools.combinations(BY_TORCH, 2) if p != ("bool_mask", "float_mask")])

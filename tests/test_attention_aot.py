@@ -19,6 +19,8 @@ pytest.importorskip("triton")
 
 from aot import SHARED_LIMIT, TARGETS
 
+pytestmark = pytest.mark.slow
+
 # Spills that were not avoided: bytes (registers on gfx942), the larger of Triton 3.6.0 and 3.9.0. Why:
 # - float32 has no tensor-core instruction of full precision, and the operands of the dots that replace it live in
 #   registers, beside the accumulators;

@@ -1,7 +1,7 @@
 """Every Triton attention kernel in Triton's interpreter, on the CPU, against the reference in float64.
 
 TRITON_INTERPRET must be set before Triton is imported, and holds for the whole process: run by the rest of the suite,
-this file starts itself again, twice, each process with half of the cases.
+this file starts itself again, in processes that have half of the cases each.
 """
 
 from __future__ import annotations
@@ -18,22 +18,21 @@ pytest.importorskip("triton")
 
 if not INSIDE:
 
-    def test_kernels_in_the_interpreter():
-        shards = [
-            subprocess.Popen(
-                [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", __file__],
-                env={**os.environ, "TRITON_INTERPRET": "1", "FASTLLM_BACKEND": "triton", "FASTLLM_SHARD": str(shard)}
-                | {"OMP_NUM_THREADS": "1"},
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            for shard in (0, 1)
-        ]
-        outputs = [shard.communicate()[0] for shard in shards]
-        for shard, output in zip(shards, outputs, strict=True):
-            print(output)
-            assert shard.returncode == 0, output
-            assert " passed" in output
+    @pytest.mark.parametrize("shard", [0, 1])
+    @pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+    def test_kernels_in_the_interpreter(which, shard):
+        more = {
+            "TRITON_INTERPRET": "1",
+            "FASTLLM_BACKEND": "triton",
+            "FASTLLM_SHARD": str(shard),
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore"]
+        result = subprocess.run(
+            [*command, "-m", which, __file__], env={**os.environ, **more}, capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stdout
+        assert " passed" in result.stdout
 
 
 SHARD = int(os.environ.get("FASTLLM_SHARD", "-1"))
@@ -63,6 +62,7 @@ if INSIDE:
     def test_features_alone(feature, dtype):
         check((feature,), shape=(2, 2, 33, 18) if dtype == torch.float16 else (1, 2, 37, 53), dtype=dtype)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("pair", shared_out(PAIRS), ids="-".join)
     def test_features_in_pairs(pair):
         check(pair, shape=(1, 2 if "gqa" in pair else 1, 37, 41))

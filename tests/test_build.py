@@ -202,6 +202,7 @@ def dist(tmp_path_factory) -> Path:
     return source / "dist"
 
 
+@pytest.mark.slow
 def test_sdist_contents(dist):
     (path,) = dist.glob("*.tar.gz")
     assert path.name.startswith("fastllm_kernels-")
@@ -217,6 +218,7 @@ def test_sdist_contents(dist):
     assert not [name for name in names if name.endswith((".so", ".pyc"))]
 
 
+@pytest.mark.slow
 def test_wheel_contents(dist):
     (path,) = dist.glob("*.whl")
     names = zipfile.ZipFile(path).namelist()
@@ -247,6 +249,7 @@ def test_wheel_contents(dist):
     assert "fastllm = fastllm.cli:main" in entry_points
 
 
+@pytest.mark.slow
 @bindings.needs_compiler
 def test_installed_wheel_runs_its_kernels(dist, tmp_path):
     (path,) = dist.glob("*.whl")
@@ -262,6 +265,7 @@ def test_installed_wheel_runs_its_kernels(dist, tmp_path):
     assert result.stdout.split() == [str(tmp_path / "fastllm/__init__.py"), "cpu"]
 
 
+@pytest.mark.slow
 def test_install_without_a_compiler_succeeds_and_says_so(tmp_path):
     source, target, empty = checkout(tmp_path / "source"), tmp_path / "target", tmp_path / "bin"
     empty.mkdir()

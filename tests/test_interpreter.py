@@ -19,9 +19,11 @@ pytest.importorskip("triton")
 
 if not INSIDE:
 
-    def test_kernels_in_the_interpreter():
+    @pytest.mark.parametrize("which", ["cross_entropy", "not cross_entropy"])
+    def test_kernels_in_the_interpreter(which):
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore"]
         result = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", __file__],
+            [*command, "-k", which, __file__],
             env={**os.environ, "TRITON_INTERPRET": "1", "FASTLLM_BACKEND": "triton", "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,

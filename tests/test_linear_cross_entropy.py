@@ -289,7 +289,9 @@ def test_training_does_not_drift():
     assert (losses(chunked, torch.bfloat16) - exact).abs().max() <= 2 * (stock - exact).abs().max()
 
 
-@pytest.mark.parametrize(("rows", "classes", "chunk_size"), [(2048, 50257, 128), (512, 262144, 32)])
+@pytest.mark.parametrize(
+    ("rows", "classes", "chunk_size"), [(2048, 50257, 128), pytest.param(512, 262144, 32, marks=pytest.mark.slow)]
+)
 def test_the_logits_are_never_whole(rows, classes, chunk_size):
     """Peak memory, from /proc: beside the gradients, a chunk."""
     script = f"""

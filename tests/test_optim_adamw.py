@@ -105,7 +105,7 @@ TENSOR_BETA = torch.tensor(0.9)
         ([PARAM, PARAM], {}, ValueError, "given twice"),  # torch only warns
         ([{"params": PARAM}, {"params": PARAM}], {}, ValueError, "more than one parameter group"),
         (None, {"lr": torch.tensor([0.001, 0.001])}, ValueError, "Tensor lr must be 1-element"),
-        ([("weight", PARAM), PARAM], {}, ValueError, "Some param names are missing"),
+        ([("weight", PARAM), torch.nn.Parameter(torch.randn(1))], {}, ValueError, "Some param names are missing"),
         (
             [{"params": [PARAM]}, {"params": [("weight", torch.nn.Parameter(torch.randn(1)))]}],
             {},

@@ -37,15 +37,24 @@ def run(case: str, folder: Path, world: int = 2) -> None:
         assert "passed" in output
 
 
-@pytest.mark.parametrize("case", ["fsdp", "masters", "tensor_parallel", "placed", "stochastic"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "fsdp",
+        "tensor_parallel",
+        *(pytest.param(case, marks=pytest.mark.slow) for case in ("masters", "placed", "stochastic")),
+    ],
+)
 def test_two_ranks(case, tmp_path):
     run(case, tmp_path)
 
 
+@pytest.mark.slow
 def test_four_ranks_in_two_dimensions(tmp_path):
     run("two_dimensions", tmp_path, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("saved_by", "loaded_by"), [(2, 1), (1, 2), (2, 2)])
 def test_checkpoints_on_another_number_of_ranks(saved_by, loaded_by, tmp_path):
     run("save", tmp_path, saved_by)

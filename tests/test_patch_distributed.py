@@ -16,7 +16,13 @@ pytest.importorskip("transformers")
 @pytest.mark.parametrize(
     ("kind", "name"),
     [
-        *((kind, name) for kind in ("ddp", "fsdp-after", "fsdp-before") for name in ("gpt2", "llama", "bert")),
+        ("fsdp-after", "llama"),
+        *(
+            pytest.param(kind, name, marks=pytest.mark.slow)
+            for kind in ("ddp", "fsdp-after", "fsdp-before")
+            for name in ("gpt2", "llama", "bert")
+            if (kind, name) != ("fsdp-after", "llama")
+        ),
         ("tensor-parallel", "norms"),
     ],
 )

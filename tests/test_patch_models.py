@@ -162,6 +162,7 @@ def test_the_mask_is_not_lost():
     torch.testing.assert_close(after[:, :6], before[:, :6], rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_every_type_of_transformers():
     """docs/models.md is this, written down: `python tests/patch_models.py docs/models.md`."""
     results = sweep()

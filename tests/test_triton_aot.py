@@ -72,7 +72,9 @@ SPILLS = {(target, "_dropout_norm_bwd_kernel", "8192 w16 s1"): 8 for target in (
 
 
 @pytest.mark.parametrize("launcher", [cross_entropy, dropout_norms, gated_activations, rotary])
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "target", [pytest.param(name, marks=() if name == "sm_90" else pytest.mark.slow) for name in TARGETS]
+)
 def test_resources(launcher, target, capsys):
     seen = set()
     for launch in record(target, launcher):

@@ -63,7 +63,9 @@ def check_import() -> None:
         name for name, op in OPS.items() if any(b.key == "CPU" for b in op.backends) and "CPU" not in built[name]
     ]
     assert not missing, f"no CPU kernel of {missing}"
-    if torch.version.cuda is not None and _ext.CUDA_LIBRARY.exists():
+    if torch.version.cuda is not None:
+        if not _ext.CUDA_LIBRARY.exists():
+            raise Absent("the CUDA library: the wheel was built without nvcc")
         assert _ext.STATUS["CUDA"] == "loaded", _ext.STATUS
         expected = [name for name, op in OPS.items() if any(b.key == "CUDA" for b in op.backends)]
         missing = [name for name in expected if "CUDA" not in built[name]]
@@ -287,6 +289,11 @@ def main() -> int:
         return 0
     environments = sorted((facts_of(p) for p in [sys.executable, *args.pythons]), key=lambda e: release(e["torch"]))
     own = next(e for e in environments if e["executable"] == sys.executable)
+    for environment in environments:
+        if environment["abi"] != own["abi"]:
+            raise SystemExit(
+                f"{environment['executable']}: the wheels are for {own['abi']}, this is {environment['abi']}"
+            )
     rows = []
     with tempfile.TemporaryDirectory() as top:
         for number, builder in enumerate({e["executable"]: e for e in (environments[0], own)}.values()):
@@ -294,11 +301,9 @@ def main() -> int:
             folder = Path(top) / str(number)
             folder.mkdir()
             wheel = build(builder["executable"], folder)
-            for environment in environments:
+            for place, environment in enumerate(environments):
                 row = {**environment, "wheel": f"torch {builder['torch']}"}
-                if environment["abi"] != builder["abi"]:
-                    raise SystemExit(f"{environment['executable']}: the wheel is for {builder['abi']}")
-                installed = folder / environment["torch"]
+                installed = folder / f"installed{place}"
                 command = [environment["executable"], "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
                 subprocess.run([*command, installed, wheel], check=True)
                 for name in CHECKS:

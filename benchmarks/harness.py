@@ -55,6 +55,7 @@ FORMAT = 2  # of the results
 WARMUP_ROUNDS = 3
 MIN_ROUNDS, MAX_ROUNDS = 15, 300
 CEILING_ROUNDS = 15
+PRODUCT_SIZE = {"cpu": 1024, "cuda": 8192}  # rows and columns of the products that the ceilings are made of
 MUCH = 0.05  # of the CPUs for other processes: figures measured beside them are not to be relied on
 # GPU cycles that a stream is kept busy for before a timed call, while Python queues the call: about 1 ms.
 GPU_HEAD_START = 2_000_000
@@ -507,7 +508,7 @@ def measure_ceilings(device: str) -> dict[str, float]:
     source = make((elements,), torch.float32, device)
     calls: dict[str, Callable[[], Any]] = {"copy_gb_s": functools.partial(torch.empty_like(source).copy_, source)}
     work = {"copy_gb_s": 2 * 4 * elements / 1e9}
-    size = 8192 if device == "cuda" else 1024
+    size = PRODUCT_SIZE[device]
     for dtype in (torch.float32, torch.bfloat16):
         name = f"matmul_{dtype_name(dtype)}_tflop_s"
         a, b = make((size, size), dtype, device), make((size, size), dtype, device, seed=1)

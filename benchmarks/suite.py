@@ -114,13 +114,15 @@ def run(cases: list[Case], device: str, seconds: float) -> tuple[list[dict[str, 
     failed: list[dict[str, str]] = []
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "benchmark.json"
-        # Neither the user's pytest configuration nor his plugins: pytest-xdist alone would spoil every time.
-        environment = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
+        # Neither the user's pytest configuration nor his plugins: pytest-xdist alone would spoil every time, and in one
+        # of its workers, as our own tests are run, pytest-benchmark measures nothing.
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_XDIST_")}
+        environment |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
         options = ["-c", os.devnull, "--rootdir", folder, "-p", "pytest_benchmark.plugin", "-p", "no:cacheprovider"]
         options += ["-p", "no:terminal", "-p", "no:warnings", "-s", "--import-mode=importlib"]
         options += [f"--benchmark-json={data}", f"--benchmark-storage={folder}", "--benchmark-quiet"]
         plugin = _plugin(cases, device, seconds, failed)
-        with mock.patch.dict(os.environ, environment), warnings.catch_warnings():
+        with mock.patch.dict(os.environ, environment, clear=True), warnings.catch_warnings():
             # That a failed case measured nothing is no news.
             warnings.simplefilter("ignore", pytest_benchmark.logger.PytestBenchmarkWarning)
             code = pytest.main(["--pyargs", "fastllm.benchmarks._pytest", *options], plugins=[plugin])

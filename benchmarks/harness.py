@@ -4,8 +4,9 @@ What the numbers are:
 - Time of one call, forward in training mode (what the backward needs is saved). On a CPU by the clock; on a GPU between
   two events on the stream, the L2 cache flushed before, and the call's launches queued while the GPU is still busy, so
   that it is the GPU's time and not Python's.
-- The contenders take turns, in an order that rotates from round to round, so that a change of the machine's speed meets
-  all of them. The figure is the median over the rounds; the quartiles tell the noise.
+- The contenders take turns. Each order is run forwards and then backwards, and starts one further on after that: a change
+  of the machine's speed meets all of them, and none always follows the same one. The figure is the median over the
+  rounds; the quartiles tell the noise.
 - A GPU's cache is flushed by reading memory several times its size. What ran before is written back then, and the lines
   that stay are clean: they cost the call nothing. (Flushed by writing, the cache is full of lines that the call would
   have to write back first.)
@@ -375,9 +376,10 @@ class Race:
 
     def round(self) -> None:
         """Times every contender once."""
-        first = self._turn % len(self.contenders)
+        first = self._turn // 2 % len(self.contenders)
+        order = self.contenders[first:] + self.contenders[:first]
+        self._watch.round(order[::-1] if self._turn % 2 else order)
         self._turn += 1
-        self._watch.round(self.contenders[first:] + self.contenders[:first])
 
     def close(self) -> None:
         """Lets go of the contenders and what they hold; there is no result from then on."""

@@ -3,10 +3,12 @@
 What the numbers are:
 - Time of one call, forward in training mode (what the backward needs is saved). On a CPU by the clock; on a GPU between
   two events on the stream, the L2 cache flushed before, and the call's launches queued while the GPU is still busy, so
-  that it is the GPU's time and not Python's.
-- The contenders take turns. Each order is run forwards and then backwards, and starts one further on after that: a change
-  of the machine's speed meets all of them, and none always follows the same one. The figure is the median over the
-  rounds; the quartiles tell the noise.
+  that it is the GPU's time and not Python's. The head start is about 1 ms; a longer call, such as a training step, goes
+  on queueing while it runs. Where Python takes longer than the head start and more than half of the time measured, the
+  GPU may have waited for it: the contender is marked as host-bound.
+- The contenders take turns. Each order is run forwards and then backwards, and the next one starts one further on: a
+  change of the machine's speed meets all of them, and none always follows the same one. The figure is the median over
+  the rounds; the quartiles tell the noise.
 - A GPU's cache is flushed by reading memory several times its size. What ran before is written back then, and the lines
   that stay are clean: they cost the call nothing. (Flushed by writing, the cache is full of lines that the call would
   have to write back first.)
@@ -58,8 +60,13 @@ MIN_ROUNDS, MAX_ROUNDS = 15, 300
 CEILING_ROUNDS = 15
 PRODUCT_SIZE = {"cpu": 1024, "cuda": 8192}  # rows and columns of the products that the ceilings are made of
 MUCH = 0.05  # of the CPUs for other processes: figures measured beside them are not to be relied on
-# GPU cycles that a stream is kept busy for before a timed call, while Python queues the call: about 1 ms.
-GPU_HEAD_START = 2_000_000
+# GPU cycles that a stream is kept busy for before a timed call, while Python queues the call, and the milliseconds that
+# they take at 2 GHz: a lower clock makes them more.
+GPU_HEAD_START, GPU_HEAD_START_MS = 2_000_000, 1.0
+HOST_BOUND = (
+    "(host-bound): Python took longer than the GPU's head start and more than half of the time: "
+    "the GPU may have waited for it."
+)
 NOT_COMPILED = "nothing is compiled in a rehearsal"
 COMPILED, AUTOTUNED = "torch.compile", "torch.compile max-autotune"
 # Tries more kernels for each operation, products among them. The mode with CUDA graphs would copy the arguments into
@@ -408,6 +415,7 @@ class Race:
         figures = summary(contender.seconds[-self.rounds :])
         if contender.host_seconds:
             figures["host_ms"] = summary(contender.host_seconds[-self.rounds :])["median_ms"]
+            figures["host_bound"] = figures["host_ms"] > max(GPU_HEAD_START_MS, figures["median_ms"] / 2)
         if contender.peak_bytes is not None:
             figures["peak_mb"] = round(contender.peak_bytes() / 1e6)
         return figures
@@ -460,6 +468,22 @@ def achieved(result: dict[str, Any], contender: str, ceilings: dict[str, float])
         return f"{rate['tflop_s']:.3g} TFLOP/s", f"{rate['share']:.0%} of {products} matmul"
     peak = ceilings[f"matmul_{products}_tflop_s"]
     return f"{rate['tokens_s']:,.0f} tokens/s", f"MFU {rate['share']:.0%} of {peak:.3g} TFLOP/s"
+
+
+def label(result: dict[str, Any], contender: str) -> str:
+    """A contender's name for readers, with fastllm's backend, and marked where it is host-bound."""
+    backend = f" ({result['backend']})" if contender == "fastllm" else ""
+    return f"{contender}{backend}{mark(result['contenders'][contender])}"
+
+
+def mark(figures: dict[str, float]) -> str:
+    """What follows a contender's figures where it is host-bound; `HOST_BOUND` explains it."""
+    return " (host-bound)" if figures.get("host_bound") else ""
+
+
+def any_host_bound(data: dict[str, Any]) -> bool:
+    """Whether a contender of a run's results is host-bound."""
+    return any(mark(figures) for result in data["results"] for figures in result["contenders"].values())
 
 
 def rival(find: Callable[[], Callable]) -> Callable | str:

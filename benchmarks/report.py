@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fastllm._extras import require
-from fastllm.benchmarks.harness import FORMAT, MUCH, achieved, rates
+from fastllm.benchmarks.harness import FORMAT, HOST_BOUND, MUCH, achieved, any_host_bound, label, mark, rates
 
 RESULTS = Path(__file__).parent / "results"
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
@@ -161,7 +161,7 @@ def _page(data: dict[str, Any], images: dict[str, bytes]) -> str:
             cells = [
                 result["op"] if ours else "",
                 result["case"] if ours else "",
-                f"{name} ({result['backend']})" if ours else name,
+                label(result, name),
                 f"{figures['median_ms']:.3f}",
                 f"{figures['q1_ms']:.3f} to {figures['q3_ms']:.3f}",
                 *achieved(result, name, data["ceilings"]),
@@ -175,6 +175,8 @@ def _page(data: dict[str, Any], images: dict[str, bytes]) -> str:
         for r in data["results"]
         if (r["others"] or 0) > MUCH
     ]
+    if any_host_bound(data):
+        notes.append(HOST_BOUND)
     failed = [f"{f['op']}, {f['case']}: not timed: {f['reason']}" for f in data["failed"]]
     pictures = []
     for title, png in images.items():
@@ -229,15 +231,21 @@ def markdown(data: dict[str, Any]) -> str:
     for result in data["results"]:
         figures, (rate, share) = result["contenders"]["fastllm"], achieved(result, "fastllm", data["ceilings"])
         cells = [f"`{result['op']}`", result["case"], f"{figures['median_ms']:.3f} ± {figures['noise']:.0%}"]
+        cells[-1] += mark(figures)
         cells.append(f"{rate} ({share})")
         for name in names:
-            ran = name in result["contenders"]
-            cells.append(f"{rates(result, name, data['ceilings'])['speedup']:.2f}x" if ran else "n/a")
+            if name in result["contenders"]:
+                speedup = rates(result, name, data["ceilings"])["speedup"]
+                cells.append(f"{speedup:.2f}x{mark(result['contenders'][name])}")
+            else:
+                cells.append("n/a")
         if (result["others"] or 0) > MUCH:
             cells[1] += " (disturbed)"
         lines.append(f"| {' | '.join(cells)} |")
     if any("(disturbed)" in line for line in lines):
         lines += ["", f"(disturbed): other processes took more than {MUCH:.0%} of the CPUs."]
+    if any_host_bound(data):
+        lines += ["", HOST_BOUND]
     for note in _not_timed(data):
         lines += ["", f"{note}."]
     return "\n".join([*lines, "", _facts(data)])

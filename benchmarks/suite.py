@@ -146,7 +146,7 @@ def table(data: dict[str, Any]) -> str:
                 (
                     result["op"] if ours else "",
                     result["case"] if ours else "",
-                    f"{name} ({result['backend']})" if ours else name,
+                    harness.label(result, name),
                     f"{figures['median_ms']:.3f}",
                     f"±{figures['noise']:.1%}",
                     *harness.achieved(result, name, data["ceilings"]),
@@ -160,7 +160,7 @@ def table(data: dict[str, Any]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     align = (str.ljust, str.ljust, str.ljust, str.rjust, str.rjust, str.rjust, str.rjust, str.ljust)
     lines = ["  ".join(a(cell, w) for a, cell, w in zip(align, row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join(lines)
+    return "\n".join([*lines, *(["", harness.HOST_BOUND] if harness.any_host_bound(data) else [])])
 
 
 def json_path(given: str, machine: str) -> Path:

@@ -350,6 +350,27 @@ def test_the_order_of_a_turn_on_a_gpu(monkeypatch):
     assert all(len(c.host_seconds) == 1 for c in contenders)
 
 
+@pytest.mark.parametrize(
+    ("milliseconds", "host_milliseconds", "bound"),
+    [(0.2, 0.9, False), (1.2, 1.1, True), (2.5, 1.1, False), (80.0, 30.0, False), (80.0, 70.0, True)],
+)
+def test_what_is_host_bound(small, milliseconds, host_milliseconds, bound, tmp_path):
+    """It may take as long as the head start, and half of what the GPU takes, which then need not wait for it."""
+    race = harness.Race(small_cases("rms_norm")("cpu", True)[0], "cpu", 0.01)
+    for contender in race.contenders:
+        contender.seconds = [milliseconds / 1e3] * race.rounds
+    race.contenders[1].host_seconds = [host_milliseconds / 1e3] * race.rounds
+    found = race.result(0.0)
+    assert {name for name, figures in found["contenders"].items() if figures.get("host_bound")} == (
+        {"eager"} if bound else set()
+    )
+    data = result("cuda", "A GPU") | {"results": [found]}
+    for text in (suite.table(data), report.markdown(data), html.unescape(report.write(data, tmp_path).read_text())):
+        assert (harness.HOST_BOUND in text) == bound
+        assert text.count("(host-bound)") == 2 * bound, "the contender and the note"
+    assert ("| 1.00x (host-bound) | 1.00x |" in report.markdown(data)) == bound
+
+
 # Fastllm on its kernels, or not at all
 
 

@@ -63,6 +63,9 @@ MUCH = 0.05  # of the CPUs for other processes: figures measured beside them are
 # GPU cycles that a stream is kept busy for before a timed call, while Python queues the call, and the milliseconds that
 # they take at 2 GHz: a lower clock makes them more.
 GPU_HEAD_START, GPU_HEAD_START_MS = 2_000_000, 1.0
+# Dense bfloat16 products of the tensor cores, in TFLOP/s: half of what NVIDIA's data sheets of H100 (SXM) and H200 give
+# for matrices of which half is zeros, 1,979.
+DATA_SHEET = {"NVIDIA H100 80GB HBM3": 989.4, "NVIDIA H200": 989.4}
 HOST_BOUND = (
     "(host-bound): Python took longer than the GPU's head start and more than half of the time: "
     "the GPU may have waited for it."
@@ -455,19 +458,22 @@ def rates(result: dict[str, Any], contender: str, ceilings: dict[str, float]) ->
     }
 
 
-def achieved(result: dict[str, Any], contender: str, ceilings: dict[str, float]) -> tuple[str, str]:
-    """The rate that a case is measured by, and its share of the ceiling, for readers.
+def achieved(data: dict[str, Any], result: dict[str, Any], contender: str) -> tuple[str, str]:
+    """The rate that a case of a run's `data` is measured by, and its share of the ceiling, for readers.
 
-    ("2712 GB/s", "91% of copy"), ("412 TFLOP/s", "60% of bf16 matmul"), or, for a training step, whose share is the
-    model FLOPs utilization of Chowdhery et al. (2022), ("401,234 tokens/s", "MFU 50% of 690 TFLOP/s").
+    ("2712 GB/s", "91% of copy"), ("412 TFLOP/s", "60% of bf16 matmul"), or, for a training step, ("401,234 tokens/s",
+    "50% of bf16 matmul"). There the first has the model FLOPs utilization of Chowdhery et al. (2022), too, where the
+    data sheet's peak that it divides by is known: "401,234 tokens/s, MFU 35%".
     """
-    rate, products = rates(result, contender, ceilings), result["products"]
+    rate, products = rates(result, contender, data["ceilings"]), result["products"]
     if not products:
         return f"{rate['gb_s']:.4g} GB/s", f"{rate['share']:.0%} of copy"
+    share = f"{rate['share']:.0%} of {products} matmul"
     if not result["tokens"]:
-        return f"{rate['tflop_s']:.3g} TFLOP/s", f"{rate['share']:.0%} of {products} matmul"
-    peak = ceilings[f"matmul_{products}_tflop_s"]
-    return f"{rate['tokens_s']:,.0f} tokens/s", f"MFU {rate['share']:.0%} of {peak:.3g} TFLOP/s"
+        return f"{rate['tflop_s']:.3g} TFLOP/s", share
+    peak = DATA_SHEET.get(data.get("machine", {}).get("gpu")) if products == "bf16" else None
+    utilization = f", MFU {rate['tflop_s'] / peak:.0%}" if peak else ""
+    return f"{rate['tokens_s']:,.0f} tokens/s{utilization}", share
 
 
 def label(result: dict[str, Any], contender: str) -> str:

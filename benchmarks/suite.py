@@ -149,7 +149,7 @@ def table(data: dict[str, Any]) -> str:
                     harness.label(result, name),
                     f"{figures['median_ms']:.3f}",
                     f"±{figures['noise']:.1%}",
-                    *harness.achieved(result, name, data["ceilings"]),
+                    *harness.achieved(data, result, name),
                     "" if ours else f"{speedup:.2f}x",
                 )
             )

@@ -143,7 +143,7 @@ class Case:
 
 @dataclass
 class Contender:
-    """One of those that a case times: `call` takes what `prepare` returns, which is not timed."""
+    """A contender of a case: `call` is timed; it takes what `prepare` returns, which is not timed."""
 
     name: str
     prepare: Callable[[], Any]
@@ -266,7 +266,7 @@ def assert_kernels(explanation: backends.Explanation) -> None:
 
 
 def fallbacks(caught: list[warnings.WarningMessage]) -> list[str]:
-    """What warnings say of ops that fell back."""
+    """The messages of those warnings that say that an op fell back."""
     return [str(warning.message) for warning in caught if issubclass(warning.category, fastllm.FallbackWarning)]
 
 
@@ -288,7 +288,7 @@ def no_fallback() -> Iterator[None]:
 
 
 class Race:
-    """Fastllm and its rivals on one case. `measure` runs one from start to end.
+    """A race of fastllm and its rivals on one case. `measure` runs one from start to end.
 
     Raises:
         AssertionError: if fastllm's outputs or gradients are not within the error budget, or it would not run on its

@@ -46,7 +46,7 @@ def discover() -> dict[str, Callable[[str, bool], list[Case]]]:
 
 
 class Progress:
-    """Lines while the cases run."""
+    """Prints what happens while the cases run."""
 
     def __init__(self, total: int):
         self.total, self.done = total, 0

@@ -50,7 +50,7 @@ def eager(q: Tensor, k: Tensor, v: Tensor, *, left: int = -1, causal: bool = Fal
 
 
 def stock(q: Tensor, k: Tensor, v: Tensor, *, left: int = -1, causal: bool = False, backend=None) -> Tensor:
-    """scaled_dot_product_attention; a window as a materialised mask, the only way it has."""
+    """scaled_dot_product_attention. A window is given as a materialised mask, the only way it has."""
     mask = _window_mask(q.shape[2], k.shape[2], left, causal, q.device) if left >= 0 else None
     call = functools.partial(F.scaled_dot_product_attention, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
     if backend is None:
@@ -65,7 +65,7 @@ def _flex(mode: str | None) -> Callable:
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, *, block_mask: BlockMask | None = None, mode: str | None = None) -> Tensor:
-    """FlexAttention; on a CPU, where it has no compiled backward, as it is."""
+    """FlexAttention, compiled but on a CPU, where it has no compiled backward."""
     attend = _flex(mode) if q.is_cuda else flex_attention
     return attend(q, k, v, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1])
 
@@ -103,13 +103,13 @@ def gpu_rivals(left: int, causal: bool) -> dict[str, Callable | str]:
 
 
 def flops(pairs: int, heads: int, size: int, direction: Direction) -> int:
-    """`pairs` of a query and a key that see each other, in a head."""
+    """The operations of attention in which `pairs` of a query and a key see each other in each head."""
     forward = 4 * pairs * heads * size
     return {"forward": forward, "backward": forward * 5 // 2, "forward+backward": forward * 7 // 2}[direction]
 
 
 def dense(batch: int, heads: int, kv_heads: int, rows: int, size: int, dtype: torch.dtype, device: str) -> tuple:
-    """q, k, v as views of (B, S, H, D)."""
+    """q, k and v, which are views of tensors laid out as (B, S, H, D)."""
     return tuple(
         make((batch, rows, h, size), dtype, device, seed=seed).transpose(1, 2)
         for seed, h in enumerate((heads, kv_heads, kv_heads))

@@ -22,7 +22,7 @@ P = 0.1
 
 
 def eager(x, residual, shape, *parameters, biased: bool, masked: bool = False):
-    """What PyTorch users write; `masked`: with our mask."""
+    """What PyTorch users write. If `masked`, the dropout takes our mask."""
     branch = x * dropout_factors(x, P).to(x.dtype) if masked else F.dropout(x, P)
     total = branch + residual
     return (F.layer_norm if biased else F.rms_norm)(total, shape, *parameters), total

@@ -48,7 +48,7 @@ def case(
 
 
 def cases(case: Callable[..., Case], device: str, quick: bool) -> list[Case]:
-    """Those of swiglu's or geglu's `case`."""
+    """The cases of swiglu or geglu, made by its `case`."""
     make_case = functools.partial(case, device)
     if device == "cpu":
         main = make_case((2048, 2816), torch.float32, "forward+backward", target="1.3x eager, 1x torch.compile")

@@ -34,8 +34,11 @@ def parameters(count: int, size: int, dtype: torch.dtype, device: str) -> list[T
 
 
 def check(dtype: torch.dtype, device: str, max_norm: float | None, options: dict[str, Any]) -> None:
-    """Three steps: with torch's options, within the error budget of torch's step against float64; with any others, what
-    the reference computes (which the tests compare with more)."""
+    """Asserts that three steps are right.
+
+    With torch's options they are within the error budget of torch's step against float64; with any others they are what
+    the reference computes (which the tests compare with more).
+    """
 
     def run(exact: bool, make_optimizer: Callable[[list[Tensor]], torch.optim.Optimizer], clip: bool) -> list[Tensor]:
         params = parameters(3, 1001, dtype, device)
@@ -133,8 +136,11 @@ def case(
     target: str = "",
     **options: Any,
 ) -> Case:
-    """`kept`: the gradients stay the same tensors, as with zero_grad(set_to_none=False). `extra_bytes` a parameter:
-    what the options move beyond weight, gradient and moments of the weight's dtype."""
+    """The case of one step.
+
+    If `kept`, the gradients stay the same tensors, as with zero_grad(set_to_none=False). `extra_bytes` is what the
+    options move, for each parameter, beyond weight, gradient and moments of the weight's dtype.
+    """
     moved = 7 * dtype.itemsize + extra_bytes + (dtype.itemsize if max_norm is not None else 0)
     shape = f"{count}x{size:,}".replace(",", "") if size < 2**20 else f"{count}x{size >> 20}M"
     return Case(

@@ -22,7 +22,7 @@ SKEWED = (8192, 4096, 2048, 1024, 512, 256, 128, 128)
 
 
 class Masks:
-    """What a document may see, made when a case's arguments are: outside of what is timed."""
+    """The masks of what a document may see. They are made when a case's arguments are, which is not timed."""
 
     dense: Tensor  # (S, S)
     blocks: BlockMask
@@ -38,7 +38,7 @@ class Masks:
 
 
 def packed(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable:
-    """`attend` on (1, H, S, D), from and to a packed batch (S, H, D)."""
+    """A function of packed batches (S, H, D) that calls `attend` on (1, H, S, D)."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int) -> Tensor:
         return attend(*(x.transpose(0, 1)[None] for x in (q, k, v)))[0].transpose(0, 1)

@@ -23,7 +23,7 @@ def arguments(rows: int, classes: int, dtype: torch.dtype, device: str) -> tuple
 
 
 class _Computed(torch.autograd.Function):
-    """The timed call is given a leaf, which is not to be overwritten: its memory as if it had just been computed."""
+    """Passes on a leaf's memory as if it had just been computed: the timed call may then write into it."""
 
     @staticmethod
     def forward(ctx, x):

@@ -3,9 +3,12 @@
 What the numbers are:
 - Time of one call, forward in training mode (what the backward needs is saved). On a CPU by the clock; on a GPU between
   two events on the stream, the L2 cache flushed before, and the call's launches queued while the GPU is still busy, so
-  that it is the GPU's time and not Python's.
-- The contenders take turns, in an order that rotates from round to round, so that a change of the machine's speed meets
-  all of them. The figure is the median over the rounds; the quartiles tell the noise.
+  that it is the GPU's time and not Python's. The head start is about 1 ms; a longer call, such as a training step, goes
+  on queueing while it runs. Where Python takes longer than the head start and more than half of the time measured, the
+  GPU may have waited for it: the contender is marked as host-bound.
+- The contenders take turns. Each order is run forwards and then backwards, and the next one starts one further on: a
+  change of the machine's speed meets all of them, and none always follows the same one. The figure is the median over
+  the rounds; the quartiles tell the noise.
 - A GPU's cache is flushed by reading memory several times its size. What ran before is written back then, and the lines
   that stay are clean: they cost the call nothing. (Flushed by writing, the cache is full of lines that the call would
   have to write back first.)
@@ -55,9 +58,18 @@ FORMAT = 2  # of the results
 WARMUP_ROUNDS = 3
 MIN_ROUNDS, MAX_ROUNDS = 15, 300
 CEILING_ROUNDS = 15
+PRODUCT_SIZE = {"cpu": 1024, "cuda": 8192}  # rows and columns of the products that the ceilings are made of
 MUCH = 0.05  # of the CPUs for other processes: figures measured beside them are not to be relied on
-# GPU cycles that a stream is kept busy for before a timed call, while Python queues the call: about 1 ms.
-GPU_HEAD_START = 2_000_000
+# GPU cycles that a stream is kept busy for before a timed call, while Python queues the call, and the milliseconds that
+# they take at 2 GHz: a lower clock makes them more.
+GPU_HEAD_START, GPU_HEAD_START_MS = 2_000_000, 1.0
+# Dense bfloat16 products of the tensor cores, in TFLOP/s: half of what NVIDIA's data sheets of H100 (SXM) and H200 give
+# for matrices of which half is zeros, 1,979.
+DATA_SHEET = {"NVIDIA H100 80GB HBM3": 989.4, "NVIDIA H200": 989.4}
+HOST_BOUND = (
+    "(host-bound): Python took longer than the GPU's head start and more than half of the time: "
+    "the GPU may have waited for it."
+)
 NOT_COMPILED = "nothing is compiled in a rehearsal"
 COMPILED, AUTOTUNED = "torch.compile", "torch.compile max-autotune"
 # Tries more kernels for each operation, products among them. The mode with CUDA graphs would copy the arguments into
@@ -131,7 +143,7 @@ class Case:
 
 @dataclass
 class Contender:
-    """One of those that a case times: `call` takes what `prepare` returns, which is not timed."""
+    """A contender of a case: `call` is timed; it takes what `prepare` returns, which is not timed."""
 
     name: str
     prepare: Callable[[], Any]
@@ -254,7 +266,7 @@ def assert_kernels(explanation: backends.Explanation) -> None:
 
 
 def fallbacks(caught: list[warnings.WarningMessage]) -> list[str]:
-    """What warnings say of ops that fell back."""
+    """The messages of those warnings that say that an op fell back."""
     return [str(warning.message) for warning in caught if issubclass(warning.category, fastllm.FallbackWarning)]
 
 
@@ -276,7 +288,7 @@ def no_fallback() -> Iterator[None]:
 
 
 class Race:
-    """Fastllm and its rivals on one case. `measure` runs one from start to end.
+    """A race of fastllm and its rivals on one case. `measure` runs one from start to end.
 
     Raises:
         AssertionError: if fastllm's outputs or gradients are not within the error budget, or it would not run on its
@@ -374,9 +386,10 @@ class Race:
 
     def round(self) -> None:
         """Times every contender once."""
-        first = self._turn % len(self.contenders)
+        first = self._turn // 2 % len(self.contenders)
+        order = self.contenders[first:] + self.contenders[:first]
+        self._watch.round(order[::-1] if self._turn % 2 else order)
         self._turn += 1
-        self._watch.round(self.contenders[first:] + self.contenders[:first])
 
     def close(self) -> None:
         """Lets go of the contenders and what they hold; there is no result from then on."""
@@ -405,6 +418,7 @@ class Race:
         figures = summary(contender.seconds[-self.rounds :])
         if contender.host_seconds:
             figures["host_ms"] = summary(contender.host_seconds[-self.rounds :])["median_ms"]
+            figures["host_bound"] = figures["host_ms"] > max(GPU_HEAD_START_MS, figures["median_ms"] / 2)
         if contender.peak_bytes is not None:
             figures["peak_mb"] = round(contender.peak_bytes() / 1e6)
         return figures
@@ -444,19 +458,38 @@ def rates(result: dict[str, Any], contender: str, ceilings: dict[str, float]) ->
     }
 
 
-def achieved(result: dict[str, Any], contender: str, ceilings: dict[str, float]) -> tuple[str, str]:
-    """The rate that a case is measured by, and its share of the ceiling, for readers.
+def achieved(data: dict[str, Any], result: dict[str, Any], contender: str) -> tuple[str, str]:
+    """The rate that a case of a run's `data` is measured by, and its share of the ceiling, for readers.
 
-    ("2712 GB/s", "91% of copy"), ("412 TFLOP/s", "60% of bf16 matmul"), or, for a training step, whose share is the
-    model FLOPs utilization of Chowdhery et al. (2022), ("401,234 tokens/s", "MFU 50% of 690 TFLOP/s").
+    ("2712 GB/s", "91% of copy"), ("412 TFLOP/s", "60% of bf16 matmul"), or, for a training step, ("401,234 tokens/s",
+    "50% of bf16 matmul"). There the first has the model FLOPs utilization of Chowdhery et al. (2022), too, where the
+    data sheet's peak that it divides by is known: "401,234 tokens/s, MFU 35%".
     """
-    rate, products = rates(result, contender, ceilings), result["products"]
+    rate, products = rates(result, contender, data["ceilings"]), result["products"]
     if not products:
         return f"{rate['gb_s']:.4g} GB/s", f"{rate['share']:.0%} of copy"
+    share = f"{rate['share']:.0%} of {products} matmul"
     if not result["tokens"]:
-        return f"{rate['tflop_s']:.3g} TFLOP/s", f"{rate['share']:.0%} of {products} matmul"
-    peak = ceilings[f"matmul_{products}_tflop_s"]
-    return f"{rate['tokens_s']:,.0f} tokens/s", f"MFU {rate['share']:.0%} of {peak:.3g} TFLOP/s"
+        return f"{rate['tflop_s']:.3g} TFLOP/s", share
+    peak = DATA_SHEET.get(data.get("machine", {}).get("gpu")) if products == "bf16" else None
+    utilization = f", MFU {rate['tflop_s'] / peak:.0%}" if peak else ""
+    return f"{rate['tokens_s']:,.0f} tokens/s{utilization}", share
+
+
+def label(result: dict[str, Any], contender: str) -> str:
+    """A contender's name for readers, with fastllm's backend, and marked where it is host-bound."""
+    backend = f" ({result['backend']})" if contender == "fastllm" else ""
+    return f"{contender}{backend}{mark(result['contenders'][contender])}"
+
+
+def mark(figures: dict[str, float]) -> str:
+    """What follows a contender's figures where it is host-bound; `HOST_BOUND` explains it."""
+    return " (host-bound)" if figures.get("host_bound") else ""
+
+
+def any_host_bound(data: dict[str, Any]) -> bool:
+    """Whether a contender of a run's results is host-bound."""
+    return any(mark(figures) for result in data["results"] for figures in result["contenders"].values())
 
 
 def rival(find: Callable[[], Callable]) -> Callable | str:
@@ -507,7 +540,7 @@ def measure_ceilings(device: str) -> dict[str, float]:
     source = make((elements,), torch.float32, device)
     calls: dict[str, Callable[[], Any]] = {"copy_gb_s": functools.partial(torch.empty_like(source).copy_, source)}
     work = {"copy_gb_s": 2 * 4 * elements / 1e9}
-    size = 8192 if device == "cuda" else 1024
+    size = PRODUCT_SIZE[device]
     for dtype in (torch.float32, torch.bfloat16):
         name = f"matmul_{dtype_name(dtype)}_tflop_s"
         a, b = make((size, size), dtype, device), make((size, size), dtype, device, seed=1)

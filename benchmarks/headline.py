@@ -35,7 +35,7 @@ PASSES: tuple[Direction, ...] = ("forward", "backward")
 
 
 class _Sizes(NamedTuple):
-    """What the cases are made of: as models have it, and small enough for a rehearsal on a CPU."""
+    """The sizes of the cases: those of real models, or small ones for a rehearsal on a CPU."""
 
     attention: tuple[int, int, int]  # batch, heads, positions
     decode: tuple[int, int, int, int]  # batch, heads, key and value heads, positions
@@ -82,7 +82,7 @@ SMALL = _Sizes(
 
 
 def _attention_cases(device: str, sizes: _Sizes) -> list[Case]:
-    """Against the fused kernels alone: the formula, compiled or not, is many times slower."""
+    """Attention against the fused kernels alone: the formula, compiled or not, is many times slower."""
     batch, heads, rows = sizes.attention
     chosen: dict[str, Any] = {
         "rivals": _attention.gpu_rivals(left=-1, causal=True),
@@ -104,7 +104,7 @@ def _adamw_cases(device: str, sizes: _Sizes) -> list[Case]:
 
 
 def _row_cases(device: str, sizes: _Sizes) -> list[Case]:
-    """Norms, losses, gates and positions."""
+    """The cases of norms, losses, gates and positions."""
     bf16 = torch.bfloat16
     found = [
         _norm.case(op, device, (sizes.rows, n), bf16, direction)
@@ -126,7 +126,7 @@ def _decode_cases(device: str, sizes: _Sizes) -> list[Case]:
 
 
 def _training_cases(device: str, sizes: _Sizes) -> list[Case]:
-    """With eager, and with what takes most of a minute to compile: the first is not to wait for the second."""
+    """The training step against eager, and against what takes a minute to compile: the first need not wait for that."""
     label = f"GPT-2 {_training_step.counts(sizes.gpt)[0] / 1e6:.3g}M"
     step = _training_step.case(label, sizes.gpt, sizes.gpt_batch, device, compiles=sizes.compiles)
     compiled: dict[str, Any] = {"timed": (COMPILED,), "slow": (_training_step.OURS_COMPILED,)}

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fastllm._extras import require
-from fastllm.benchmarks.harness import FORMAT, MUCH, achieved, rates
+from fastllm.benchmarks.harness import FORMAT, HOST_BOUND, MUCH, achieved, any_host_bound, label, mark, rates
 
 RESULTS = Path(__file__).parent / "results"
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
@@ -111,7 +111,7 @@ def _bars(data: dict[str, Any], path: Path, *, speedup: bool) -> None:
                 value = rate["speedup"] if speedup else 100 * rate["share"]
                 y = row + (i - (len(present) - 1) / 2) * 0.8 / most[op]
                 axis.barh(y, value, 0.74 / most[op], color=colors[name], zorder=2)
-                text = f"{value:.2f}x" if speedup else ", ".join(achieved(result, name, data["ceilings"]))
+                text = f"{value:.2f}x" if speedup else ", ".join(achieved(data, result, name))
                 largest = max(largest, value)
                 box = {"fc": "white", "ec": "none", "pad": 0.4}
                 at = {"xytext": (3, 0), "textcoords": "offset points"}
@@ -148,8 +148,8 @@ img { max-width: 100%; } .failed { color: #b3261e; } footer, .facts { color: #5b
 
 FOOTER = """Medians of rounds in which the contenders took turns. GB/s counts the bytes that must move, TFLOP/s the
 operations that must be done, whoever moves or does more. The ceilings, a large copy and large matrix products, were
-timed in the same way in the same run. MFU is the share of the matrix products' ceiling that a model's operations reach:
-6 for each parameter and token, and those of attention (Chowdhery et al., 2022)."""
+timed in the same way in the same run. A training step's operations are 6 for each parameter and token, and those of
+attention; MFU is their share of the peak in the GPU's data sheet (Chowdhery et al., 2022)."""
 
 
 def _page(data: dict[str, Any], images: dict[str, bytes]) -> str:
@@ -161,10 +161,10 @@ def _page(data: dict[str, Any], images: dict[str, bytes]) -> str:
             cells = [
                 result["op"] if ours else "",
                 result["case"] if ours else "",
-                f"{name} ({result['backend']})" if ours else name,
+                label(result, name),
                 f"{figures['median_ms']:.3f}",
                 f"{figures['q1_ms']:.3f} to {figures['q3_ms']:.3f}",
-                *achieved(result, name, data["ceilings"]),
+                *achieved(data, result, name),
                 "" if ours else f"{rate['speedup']:.2f}x",
             ]
             tag = '<tr class="fastllm">' if ours else "<tr>"
@@ -175,6 +175,8 @@ def _page(data: dict[str, Any], images: dict[str, bytes]) -> str:
         for r in data["results"]
         if (r["others"] or 0) > MUCH
     ]
+    if any_host_bound(data):
+        notes.append(HOST_BOUND)
     failed = [f"{f['op']}, {f['case']}: not timed: {f['reason']}" for f in data["failed"]]
     pictures = []
     for title, png in images.items():
@@ -227,17 +229,23 @@ def markdown(data: dict[str, Any]) -> str:
     head = ["op", "case", "fastllm, ms", "rate (of ceiling)", *(f"vs {name}" for name in names)]
     lines = [f"**{_machine(data)}**", "", f"| {' | '.join(head)} |", "|---|---|" + "---:|" * (len(head) - 2)]
     for result in data["results"]:
-        figures, (rate, share) = result["contenders"]["fastllm"], achieved(result, "fastllm", data["ceilings"])
+        figures, (rate, share) = result["contenders"]["fastllm"], achieved(data, result, "fastllm")
         cells = [f"`{result['op']}`", result["case"], f"{figures['median_ms']:.3f} ± {figures['noise']:.0%}"]
+        cells[-1] += mark(figures)
         cells.append(f"{rate} ({share})")
         for name in names:
-            ran = name in result["contenders"]
-            cells.append(f"{rates(result, name, data['ceilings'])['speedup']:.2f}x" if ran else "n/a")
+            if name in result["contenders"]:
+                speedup = rates(result, name, data["ceilings"])["speedup"]
+                cells.append(f"{speedup:.2f}x{mark(result['contenders'][name])}")
+            else:
+                cells.append("n/a")
         if (result["others"] or 0) > MUCH:
             cells[1] += " (disturbed)"
         lines.append(f"| {' | '.join(cells)} |")
     if any("(disturbed)" in line for line in lines):
         lines += ["", f"(disturbed): other processes took more than {MUCH:.0%} of the CPUs."]
+    if any_host_bound(data):
+        lines += ["", HOST_BOUND]
     for note in _not_timed(data):
         lines += ["", f"{note}."]
     return "\n".join([*lines, "", _facts(data)])

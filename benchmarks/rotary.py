@@ -17,7 +17,7 @@ from fastllm.testing import make
 
 
 class Tables:
-    """cos and sin, (S, D / 2), made when the case's arguments are: not on a device that only its name is known of."""
+    """The tables cos and sin, (S, D / 2). They are made with the case's arguments: no GPU is needed to list cases."""
 
     cos: Tensor
     sin: Tensor

@@ -46,7 +46,7 @@ def discover() -> dict[str, Callable[[str, bool], list[Case]]]:
 
 
 class Progress:
-    """Lines while the cases run."""
+    """Prints what happens while the cases run."""
 
     def __init__(self, total: int):
         self.total, self.done = total, 0
@@ -114,13 +114,15 @@ def run(cases: list[Case], device: str, seconds: float) -> tuple[list[dict[str, 
     failed: list[dict[str, str]] = []
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "benchmark.json"
-        # Neither the user's pytest configuration nor his plugins: pytest-xdist alone would spoil every time.
-        environment = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
+        # Neither the user's pytest configuration nor his plugins: pytest-xdist alone would spoil every time, and in one
+        # of its workers, as our own tests are run, pytest-benchmark measures nothing.
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_XDIST_")}
+        environment |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
         options = ["-c", os.devnull, "--rootdir", folder, "-p", "pytest_benchmark.plugin", "-p", "no:cacheprovider"]
         options += ["-p", "no:terminal", "-p", "no:warnings", "-s", "--import-mode=importlib"]
         options += [f"--benchmark-json={data}", f"--benchmark-storage={folder}", "--benchmark-quiet"]
         plugin = _plugin(cases, device, seconds, failed)
-        with mock.patch.dict(os.environ, environment), warnings.catch_warnings():
+        with mock.patch.dict(os.environ, environment, clear=True), warnings.catch_warnings():
             # That a failed case measured nothing is no news.
             warnings.simplefilter("ignore", pytest_benchmark.logger.PytestBenchmarkWarning)
             code = pytest.main(["--pyargs", "fastllm.benchmarks._pytest", *options], plugins=[plugin])
@@ -144,10 +146,10 @@ def table(data: dict[str, Any]) -> str:
                 (
                     result["op"] if ours else "",
                     result["case"] if ours else "",
-                    f"{name} ({result['backend']})" if ours else name,
+                    harness.label(result, name),
                     f"{figures['median_ms']:.3f}",
                     f"±{figures['noise']:.1%}",
-                    *harness.achieved(result, name, data["ceilings"]),
+                    *harness.achieved(data, result, name),
                     "" if ours else f"{speedup:.2f}x",
                 )
             )
@@ -158,7 +160,7 @@ def table(data: dict[str, Any]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     align = (str.ljust, str.ljust, str.ljust, str.rjust, str.rjust, str.rjust, str.rjust, str.ljust)
     lines = ["  ".join(a(cell, w) for a, cell, w in zip(align, row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join(lines)
+    return "\n".join([*lines, *(["", harness.HOST_BOUND] if harness.any_host_bound(data) else [])])
 
 
 def json_path(given: str, machine: str) -> Path:

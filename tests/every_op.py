@@ -26,9 +26,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastllm
-from fastllm import ops
-from fastllm.benchmarks.gpu_run import cpu_seconds, serve
-from fastllm.precompile import compile, fingerprint, recorded
+from fastllm import ops, precompile
+from fastllm.benchmarks._workers import cpu_seconds, serve
 from fastllm.testing import assert_within_budget, check_op, dropout_factors, make, outputs_of, sample, seeded
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -464,16 +463,10 @@ def handle(job: dict[str, Any]) -> dict[str, Any]:
     if job["do"] == "list":
         return {"jobs": list(jobs()), "start_seconds": cpu_seconds()}
     if job["do"] == "compile":
-        compile(job["text"], tuple(job["chip"]))
-        return {}
+        return precompile.handle(job, lambda: None)
     op, name, dtype = job["op"], job["variant"], getattr(torch, job["dtype"])
     if job["do"] == "record":
-        if op in CUDA:
-            return {"launches": {}}
-        chip = tuple(job["chip"])
-        with recorded(chip) as launches:
-            runner(op, "cuda", dtype, name)()
-        return {"launches": {text: fingerprint(text, chip) for text in {launch.text() for launch in launches}}}
+        return precompile.handle(job, lambda: op in CUDA or runner(op, "cuda", dtype, name)())
     device = job["device"]
     warnings.simplefilter("error" if device == "cuda" else "ignore", fastllm.FallbackWarning)
     check(op, name, dtype, device)

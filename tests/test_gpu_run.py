@@ -3,7 +3,7 @@ by `gpu_run.py --rehearse`."""
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import os
 import signal
@@ -15,11 +15,15 @@ from types import SimpleNamespace
 
 import pytest
 
+from fastllm.benchmarks import _build, _workers
+
 SCRIPT = Path(__file__).parent.parent / "benchmarks/gpu_run.py"
 WORKER = f"""
 import os, signal, subprocess, sys, time
 sys.path.insert(0, {str(SCRIPT.parent)!r})
-from gpu_run import serve
+from _workers import serve
+
+answers = os.dup(1)
 
 def handle(job):
     print("what a job prints is no answer")
@@ -30,6 +34,13 @@ def handle(job):
         time.sleep(job.get("seconds", 60))
     if job["do"] == "crash":
         os.kill(os.getpid(), signal.SIGSEGV)
+    if job["do"] == "half":  # of an answer, and then an end or a stall
+        os.write(answers, b'{{"ok": tr')
+        time.sleep(job["seconds"])
+        os._exit(3)
+    if job["do"] == "babble":
+        os.write(answers, b"no JSON\\n")
+        time.sleep(60)
     if job["do"] == "damage":
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
     if job["do"] == "fail":
@@ -40,16 +51,9 @@ serve(handle)
 """
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def gpu_run():
-    spec = importlib.util.spec_from_file_location("gpu_run", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["gpu_run"] = module
-    before = list(sys.path)
-    spec.loader.exec_module(module)
-    yield module
-    sys.path[:] = before
-    del sys.modules["gpu_run"]
+    return importlib.import_module("fastllm.benchmarks.gpu_run")
 
 
 @pytest.fixture
@@ -89,6 +93,66 @@ def test_a_crash_costs_its_own_job(gpu_run, run, start):
     assert "what a job prints" in run.log.read_text()
 
 
+def test_half_an_answer_is_none_and_costs_its_own_job(gpu_run, run, start):
+    jobs = [{"do": "half", "seconds": 0}, {"do": "half", "seconds": 60}, {"do": "babble"}, {"do": "ok"}]
+    outcome, began = gpu_run.Outcome(), time.monotonic()
+    run.jobs(outcome, "smoke", jobs, start, 1, began + 30, job_seconds=1.0)
+    assert time.monotonic() - began < 20
+    ended, stalled, babbled, fine = lines(run)
+    assert ended["error"] == "its process ended: exit code 3 in the middle of an answer"
+    assert stalled["error"] == "no answer in 1 s"
+    assert babbled["error"] == "no answer but 'no JSON'"
+    assert fine["ok"]
+    assert (outcome.answered, len(outcome.failed), outcome.note) == (4, 3, "")
+
+
+def test_what_raises_beside_a_job_is_told_and_stops_nothing(gpu_run, run, start):
+    def no_process():
+        raise OSError("no more processes")
+
+    outcome = gpu_run.Outcome()
+    run.jobs(outcome, "smoke", [{"do": "ok"}, {"do": "ok"}], no_process, 2, time.monotonic() + 30)
+    assert [line["error"] for line in lines(run)] == ["OSError: no more processes"] * 2
+    assert outcome.answered == 2
+
+    def full(job, answer):
+        raise OSError("no space left on device")
+
+    tally = gpu_run.run_jobs([{"do": "ok"}, {"do": "ok"}], start, 1, time.monotonic() + 30, full)
+    assert (tally.answered, tally.left) == (2, 0)
+    assert tally.trouble == ["OSError: no space left on device"] * 2
+
+
+def test_one_job_that_brings_two_fills_two_workers(gpu_run, start):
+    pids = set()
+
+    def done(job, answer):
+        if job["do"] == "ok":
+            return [{"do": "sleep", "seconds": 1}] * 2
+        return pids.add(answer["pid"])
+
+    gpu_run.run_jobs([{"do": "ok"}], start, 2, time.monotonic() + 30, done)
+    assert len(pids) == 2
+
+
+def test_a_process_that_cannot_be_killed_is_abandoned(gpu_run, start, monkeypatch):
+    monkeypatch.setattr(_workers, "PATIENCE", 0.1)
+    monkeypatch.setattr(_workers.os, "killpg", lambda pid, signal: None)
+    began, processes = time.monotonic(), []
+
+    def kept():
+        worker = start()
+        processes.append(worker.process)
+        return worker
+
+    tally = gpu_run.run_jobs([{"do": "sleep"}], kept, 1, began + 2, lambda job, answer: None)
+    assert time.monotonic() - began < 10
+    assert (tally.answered, tally.left) == (0, 1)
+    assert tally.trouble == [f"process {processes[0].pid} did not end when it was killed: abandoned"]
+    monkeypatch.undo()
+    _workers.end_group(processes[0])
+
+
 def test_an_answer_may_bring_further_jobs(gpu_run, start):
     answered = []
 
@@ -97,7 +161,8 @@ def test_an_answer_may_bring_further_jobs(gpu_run, start):
         return [{"do": "ok", "index": 10 * job["index"] + i} for i in (1, 2)] if job["index"] < 10 else None
 
     jobs = [{"do": "ok", "index": 1}, {"do": "ok", "index": 2}]
-    assert gpu_run.run_jobs(jobs, start, 2, time.monotonic() + 30, done) == 6
+    tally = gpu_run.run_jobs(jobs, start, 2, time.monotonic() + 30, done)
+    assert (tally.answered, tally.left, tally.trouble) == (6, 0, [])
     assert sorted(answered) == [1, 2, 11, 12, 21, 22]
 
 
@@ -118,7 +183,6 @@ def test_a_stage_out_of_time_is_ended_with_all_it_started_and_the_next_goes_on(
         run.jobs(outcome, "smoke", jobs, start, 1, deadline)
 
     def answers(run, outcome, deadline):
-        run.facts["ceilings"] = {"copy_gb_s": 1.0}
         run.jobs(outcome, "headline", [{"do": "ok"}], start, 1, deadline)
 
     def raises(run, outcome, deadline):
@@ -141,7 +205,6 @@ def test_a_stage_out_of_time_is_ended_with_all_it_started_and_the_next_goes_on(
 
 def test_no_stage_starts_without_time(gpu_run, run, monkeypatch):
     def slow(run, outcome, deadline):
-        run.facts["ceilings"] = {"copy_gb_s": 1.0}
         run.deadline = time.monotonic()
 
     monkeypatch.setattr(gpu_run, "STAGES", {"facts": slow, "smoke": slow})
@@ -154,16 +217,16 @@ def test_results_survive_a_kill(tmp_path):
     worker, out = tmp_path / "worker.py", tmp_path / "out"
     worker.write_text(WORKER)
     program = f"""
-import sys, time
-sys.path.insert(0, {str(SCRIPT.parent)!r})
+import time
 from pathlib import Path
-import gpu_run
+import sys
+from fastllm.benchmarks import gpu_run
 run = gpu_run.Run(Path({str(out)!r}), 1.0)
 start = lambda: gpu_run.Worker([sys.executable, {str(worker)!r}], run.environment(), run.log)
 jobs = [{{"do": "ok"}}, {{"do": "ok"}}, {{"do": "sleep", "seconds": 2}}]
 run.jobs(gpu_run.Outcome(), "smoke", jobs, start, 1, time.monotonic() + 60)
 """
-    process = subprocess.Popen([sys.executable, "-c", program])
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=SCRIPT.parent.parent)
     results = out / "results.jsonl"
     for _ in range(200):
         if results.exists() and results.read_text().count("\n") == 2:
@@ -177,20 +240,21 @@ run.jobs(gpu_run.Outcome(), "smoke", jobs, start, 1, time.monotonic() + 60)
 def test_nothing_goes_on_without_a_gpu(gpu_run, run, monkeypatch):
     def none(run, outcome, deadline):
         outcome.failed.append("facts: RuntimeError: torch sees no GPU")
+        run.no_gpu = True
 
     monkeypatch.setattr(gpu_run, "STAGES", {"facts": none, "smoke": none})
     assert gpu_run.perform(run, ["smoke"]) == 1
     assert list(run.outcomes) == ["facts"]
     page = (run.out / "summary.txt").read_text()
     assert "torch sees no GPU" in page
-    assert "smoke     not started: the facts are not known" in page
+    assert "smoke     not started: torch sees no GPU" in page
 
 
 def test_stages_by_name_and_number(gpu_run, capsys, tmp_path):
     assert gpu_run.choose_stages("headline,1") == ["facts", "headline"]
     assert gpu_run.choose_stages(",".join(gpu_run.STAGES)) == list(gpu_run.STAGES)
     assert list(gpu_run.SHARES) == list(gpu_run.STAGES)
-    for wrong in ("7", "smokes", "0"):
+    for wrong in ("8", "smokes", "0"):
         assert gpu_run.main(["--out", str(tmp_path / "none"), "--stages", f"1,{wrong}"]) == 2
         assert f"unknown stage '{wrong}'; known are 1 facts, 2 smoke" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
@@ -207,16 +271,16 @@ def test_the_users_pythonpath_is_kept(gpu_run, run, monkeypatch):
     assert not run.environment()["PYTHONPATH"].endswith(os.pathsep)
 
 
-def test_a_library_must_be_of_these_sources(gpu_run, tmp_path):
+def test_a_library_must_be_of_these_sources(tmp_path):
     library = tmp_path / "_C_cuda.so"
-    assert gpu_run.library_state(library) == "not built"
+    assert _build.library_state(library) == "not built"
     library.write_bytes(b"\x7fELF" + os.urandom(99))
-    assert gpu_run.library_state(library) == "does not say which sources it was built from"
-    digest = gpu_run.source_digest().encode()
+    assert _build.library_state(library) == "does not say which sources it was built from"
+    digest = _build.source_digest().encode()
     library.write_bytes(b"\x7fELF\0fastllm-sources:" + digest + b"\0more")
-    assert gpu_run.library_state(library) == "matches"
+    assert _build.library_state(library) == "matches"
     library.write_bytes(b"\x7fELF\0fastllm-sources:" + digest[::-1] + b"\0more")
-    assert gpu_run.library_state(library) == "was built from other sources"
+    assert _build.library_state(library) == "was built from other sources"
 
 
 def test_every_test_leaves_a_line_as_it_ends(gpu_run, run, monkeypatch):

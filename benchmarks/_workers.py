@@ -50,6 +50,14 @@ def cpu_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
+def append(path: Path, line: dict[str, Any]) -> None:
+    """Appends a line of JSON, and has it on the disk before anything else is done."""
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def serve(handle: Callable[[Job], dict[str, Any]]) -> None:
     """A worker's life: answers each job of its input with a line of JSON on its output. Prints go to stderr."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)

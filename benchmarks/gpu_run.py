@@ -40,13 +40,15 @@ if __name__ == "__main__":  # as a script; its own folder has modules of common 
 
 from ._build import Build, library_state  # noqa: E402
 from ._plan import NO_GPU, SANITIZED, TOOLS, Outcome, summary  # noqa: E402
-from ._workers import SHORT, Job, Worker, damaged, end_group, run_jobs, serve, shorten  # noqa: E402
+from ._workers import SHORT, Job, Worker, append, damaged, end_group, run_jobs, serve, shorten  # noqa: E402
 
 CHIP = ("cuda", 90)  # what a rehearsal compiles for
 SHARES = {
     "facts": 0.25, "smoke": 0.6, "headline": 0.9, "tuning": 0.5, "tests": 0.6, "sanitize": 0.7, "autotuned": 1.0
 }  # fmt: skip
 """The stages in order, and how much of the time that is left each may take. One that ends early leaves the rest."""
+RESULTS = "FASTLLM_GPU_RUN_RESULTS"
+"""The environment variable that names the results to processes that append to them themselves."""
 COMPILING = 0.4
 """How much of a stage's time may go to compiling ahead."""
 
@@ -75,12 +77,10 @@ class Run:
         out.mkdir(parents=True, exist_ok=True)
 
     def write(self, stage: str, **fields: Any) -> None:
-        """Appends a line to the results, and has it on the disk before anything else is done."""
+        """Appends a line to the results."""
         at = round(time.monotonic() - self.started, 2)
-        with self.lock, self.results.open("a") as file:
-            file.write(json.dumps({"stage": stage, "at": at, **fields}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        with self.lock:
+            append(self.results, {"stage": stage, "at": at, **fields})
 
     def environment(self, **more: str) -> dict[str, str]:
         """The user's, with this project in front of his PYTHONPATH."""
@@ -331,7 +331,7 @@ def tuning(run: Run, outcome: Outcome, deadline: float) -> None:
     if not run.need_library(outcome, deadline):
         return
     with tempfile.TemporaryDirectory() as cache:
-        start = run.worker(FASTLLM_AUTOTUNE="1", FASTLLM_CACHE=cache)
+        start = run.worker(FASTLLM_AUTOTUNE="1", FASTLLM_CACHE=cache, **{RESULTS: str(run.results)})
         run.jobs(outcome, "tuning", [{"do": "tune", "tune": shape} for shape in TUNED], start, 1, deadline)
 
 
@@ -362,7 +362,7 @@ def tests(run: Run, outcome: Outcome, deadline: float) -> None:
     before = run.results.stat().st_size
     with (run.out / "tests.log").open("ab") as log:
         threads = str(max(1, run.cores // workers))
-        environment = run.environment(FASTLLM_GPU_RUN_RESULTS=str(run.results), OMP_NUM_THREADS=threads)
+        environment = run.environment(OMP_NUM_THREADS=threads, **{RESULTS: str(run.results)})
         process = subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True
         )
@@ -422,19 +422,16 @@ _lost: list[str] = []
 
 def _error_of(report: Any) -> str:
     crash = getattr(report.longrepr, "reprcrash", None)
-    return crash.message if crash is not None else str(report.longrepr)
+    return crash.message if crash is not None else str(report.longrepr).strip().rpartition("\n")[2]
 
 
 def _keep_report(report: Any) -> None:
-    path = os.environ.get("FASTLLM_GPU_RUN_RESULTS")
+    path = os.environ.get(RESULTS)
     if path is None or "PYTEST_XDIST_WORKER" in os.environ:  # the controller hears of it
         return
     seconds = round(getattr(report, "duration", 0.0), 2)
     line = {"stage": "tests", "test": report.nodeid, "outcome": report.outcome, "seconds": seconds}
-    with open(path, "a") as file:
-        file.write(json.dumps(line | ({"error": shorten(_error_of(report))} if report.failed else {})) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    append(Path(path), line | ({"error": shorten(_error_of(report))} if report.failed else {}))
 
 
 def sanitize(run: Run, outcome: Outcome, deadline: float) -> None:
@@ -637,12 +634,14 @@ def _try_all(key: tuple, default: Any, candidates: Iterable, run: Callable) -> A
 
 
 def tune(job: Job) -> dict[str, Any]:
-    """Times every candidate of the call's three kernels, as FASTLLM_AUTOTUNE=1 does, which it is run with."""
+    """Times every candidate of the call's three kernels, as FASTLLM_AUTOTUNE=1 does, which it is run with. Each is
+    appended to the results at once: the call's time may end before its last candidate."""
     from unittest import mock
 
     from fastllm.kernels import _utils
 
     choose, milliseconds, found = _utils.choose, _utils._milliseconds, {}
+    results = Path(os.environ[RESULTS])
 
     def listening(key: tuple, default: Any, candidates: Iterable, run: Callable) -> Any:
         times: dict[str, float | str] = {}
@@ -653,6 +652,10 @@ def tune(job: Job) -> dict[str, Any]:
             except Exception as error:  # one that cannot be compiled is none
                 times[str(config)] = shorten(f"{type(error).__name__}: {error}")
                 return float("inf")
+            append(
+                results,
+                {"stage": "tuning", "kernel": key[0], "config": str(config), "milliseconds": times[str(config)]},
+            )
             return float(times[str(config)])
 
         with mock.patch.object(_utils, "_milliseconds", timed):

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fastllm.benchmarks import _build, _workers
+from fastllm.benchmarks import _build, _workers, report
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks/gpu_run.py"
 WORKER = f"""
@@ -34,6 +34,9 @@ def handle(job):
         time.sleep(job.get("seconds", 60))
     if job["do"] == "crash":
         os.kill(os.getpid(), signal.SIGSEGV)
+    if job["do"] == "record":
+        time.sleep(job["seconds"])
+        return {{"launches": {{}}}}
     if job["do"] == "half":  # of an answer, and then an end or a stall
         os.write(answers, b'{{"ok": tr')
         time.sleep(job["seconds"])
@@ -296,3 +299,103 @@ def test_every_test_leaves_a_line_as_it_ends(gpu_run, run, monkeypatch):
         ("failed", "assert 1 == 2"),
         ("skipped", None),
     ]
+
+
+def test_compiling_ahead_leaves_most_of_the_stage(gpu_run, run, start, monkeypatch):
+    monkeypatch.setattr(run, "worker", lambda script, **environment: start)
+    began = time.monotonic()
+    run.precompile(gpu_run.Outcome(), "smoke", [{"seconds": 0}, {"seconds": 60}], "every_op.py", began + 5)
+    assert 1.5 < time.monotonic() - began < 4
+
+
+@pytest.mark.parametrize(
+    "said", ["Triton Error [CUDA]: out of resource", "CUBLAS_STATUS_EXECUTION_FAILED", "CUDA error"]
+)
+def test_errors_that_cost_the_process(said):
+    assert _workers.damaged(f"RuntimeError: {said}")
+    assert not _workers.damaged("RuntimeError: CUDA out of memory")
+
+
+SETUP = """
+import pathlib, sys, time
+folder = pathlib.Path(sys.argv[sys.argv.index("--build-lib") + 1]) / "fastllm"
+time.sleep(1)
+folder.mkdir(parents=True)
+(folder / "_C_cuda.so").write_text("new")
+print("done")
+"""
+
+
+def test_a_build_outlives_the_stage_that_had_no_time_for_it(gpu_run, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(_build, "ROOT", tmp_path)
+    (tmp_path / "setup.py").write_text(SETUP)
+    (tmp_path / "fastllm").mkdir()
+    library = tmp_path / "fastllm/_C_cuda.so"
+    library.write_text("old")
+    run.build = _build.Build(run.out / "build.log", run.environment(), True)
+    smoke, headline = gpu_run.Outcome(), gpu_run.Outcome()
+    assert not run.need_library(smoke, time.monotonic())
+    assert smoke.note == "the build was not ready in time"
+    assert library.read_text() == "old"
+    assert run.need_library(headline, time.monotonic() + 30)
+    assert (run.build.note, library.read_text()) == ("built", "new")
+    assert (tmp_path / "fastllm/_C_cuda.before.so").read_text() == "old"
+    assert not run.build.folder.exists()
+
+
+@pytest.mark.parametrize("stage", ["smoke", "headline", "tuning", "tests", "sanitize", "autotuned"])
+def test_every_stage_awaits_the_build(gpu_run, run, monkeypatch, stage):
+    """What it does before is compile, and what needs no library."""
+    asked = []
+    run.build = SimpleNamespace(note="", wait=asked.append)
+    run.calls = {"ok": True, "jobs": [], "start_seconds": 0.0}
+    monkeypatch.setattr(gpu_run, "find_sanitizer", lambda: "there")
+    monkeypatch.setattr(gpu_run, "run_jobs", lambda *args: _workers.Tally())
+    outcome = gpu_run.Outcome()
+    gpu_run.STAGES[stage](run, outcome, time.monotonic() + 10)
+    assert len(asked) == 1
+    assert outcome.note == "the build was not ready in time"
+
+
+def test_what_was_measured_can_be_committed(run):
+    committed = report.load(next((SCRIPT.parent / "results").glob("*.json")))
+    committed.pop("ceilings_are", None)  # of an earlier way to measure them
+    run.facts |= {key: committed[key] for key in ("format", "date", "machine", "versions")} | {"file": "a-gpu.json"}
+    run.ceilings, run.measured, run.unmeasured = committed["ceilings"], committed["results"], committed["failed"]
+    run.keep_benchmark()
+    assert report.load(run.out / "a-gpu.json") == committed
+
+
+def test_an_earlier_run_is_not_written_over(gpu_run, tmp_path, capsys):
+    results = tmp_path / "results.jsonl"
+    results.write_text("{}\n")
+    assert gpu_run.main(["--out", str(tmp_path)]) == 2
+    assert f"{results} is of an earlier run" in capsys.readouterr().err
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["{}\n"]
+
+
+TESTS = """
+import os, pathlib, pytest
+
+@pytest.mark.parametrize("number", range(3))
+def test_gpu(number):
+    pathlib.Path(__file__).with_name(f"pid{number}").write_text(str(os.getpid()))
+    if number == 1:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+"""
+
+
+def test_a_lost_gpu_costs_its_own_test_and_what_cannot_be_collected_is_told(gpu_run, run, tmp_path):
+    pytest.importorskip("xdist")
+    (tmp_path / "test_lost.py").write_text(TESTS)
+    (tmp_path / "test_broken.py").write_text("import no_such_module")
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "1", "-p", "fastllm.benchmarks.gpu_run", "-c", os.devnull]
+    command += ["--rootdir", str(tmp_path), "--continue-on-collection-errors", str(tmp_path)]
+    environment = run.environment(**{gpu_run.RESULTS: str(run.results)})
+    subprocess.run(command, env=environment, check=False, capture_output=True, cwd=tmp_path)
+    found = [(line["test"].partition(".py")[0], line["outcome"], line.get("error", "")) for line in lines(run)]
+    assert [outcome for test, outcome, _ in found if test == "test_lost"].count("passed") == 2
+    assert any("illegal memory access" in error for test, _, error in found if test == "test_lost")
+    assert any("no_such_module" in error for test, _, error in found if test == "test_broken")
+    pids = [(tmp_path / f"pid{number}").read_text() for number in range(3)]
+    assert pids[0] == pids[1] != pids[2]

@@ -567,26 +567,34 @@ def record(job: Job) -> dict[str, Any]:
 
 
 def _launches_of(case: Any) -> None:
-    """Runs a case's op, forward and backward, on the Triton kernels that it has."""
-    import fastllm
+    """Runs a case's op, or those of its model, forward and backward, on the Triton kernels that it has."""
     from fastllm import ops
+    from fastllm.benchmarks import _training_step
+
+    if case.op == "training_step":
+        for name, (args, kwargs) in _training_step.calls(*case.setup.args[:2]).items():
+            _run_on_triton(getattr(ops, name), args, kwargs)
+    if case.setup is not None:
+        return
+    for draw in filter(None, (case.args, case.check)):
+        _run_on_triton(case.call or getattr(ops, case.op), draw(), case.kwargs, not case.inference)
+
+
+def _run_on_triton(call: Callable, args: Sequence[Any], kwargs: dict[str, Any], backward: bool = True) -> None:
+    import torch
+
+    import fastllm
     from fastllm.backends import BackendUnavailable
     from fastllm.testing import outputs_of
 
-    if case.setup is not None:
-        return
-    call = case.call or getattr(ops, case.op)
-    for draw in filter(None, (case.args, case.check)):
-        args = draw()
-        leaves = [x for x in args if hasattr(x, "requires_grad_") and x.is_floating_point()]
-        for leaf in leaves:
-            leaf.requires_grad_(not case.inference)
-        with fastllm.use_backend("triton"), contextlib.suppress(BackendUnavailable):
-            outputs = outputs_of(call(*args, **case.kwargs))
-            if not case.inference:
-                import torch
-
-                torch.autograd.grad(outputs, leaves, [torch.ones_like(out) for out in outputs], allow_unused=True)
+    args = [x.detach() if isinstance(x, torch.Tensor) else x for x in args]
+    leaves = [x for x in args if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    for leaf in leaves:
+        leaf.requires_grad_(backward)
+    with fastllm.use_backend("triton"), contextlib.suppress(BackendUnavailable):
+        outputs = outputs_of(call(*args, **kwargs))
+        if backward:
+            torch.autograd.grad(outputs, leaves, [torch.ones_like(out) for out in outputs], allow_unused=True)
 
 
 def measure(job: Job) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fastllm.benchmarks import _build, _workers, report
+from fastllm.benchmarks import _build, _workers, headline, report
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks/gpu_run.py"
 WORKER = f"""
@@ -399,3 +399,16 @@ def test_a_lost_gpu_costs_its_own_test_and_what_cannot_be_collected_is_told(gpu_
     assert any("no_such_module" in error for test, _, error in found if test == "test_broken")
     pids = [(tmp_path / f"pid{number}").read_text() for number in range(3)]
     assert pids[0] == pids[1] != pids[2]
+
+
+def test_the_kernels_of_the_training_step_are_compiled_ahead(gpu_run):
+    pytest.importorskip("triton")
+    cases = headline.cases("cuda")
+    index = next(i for i, case in enumerate(cases) if case.op == "training_step")
+    texts = gpu_run.record({"do": "record", "index": index, "chip": ("cuda", 90)})["launches"]
+    launches = [json.loads(text) for text in texts]
+    kernels = {launch["kernel"].partition(":")[2] for launch in launches}
+    assert {"_attention_fwd_kernel", "_attention_dkdv_kernel", "_attention_dq_kernel"} <= kernels
+    assert {"_cross_entropy_fwd_kernel", "_cross_entropy_bwd_kernel"} <= kernels
+    dtypes = {launch["args"]["q"]["dtype"] for launch in launches if "_attention_fwd" in launch["kernel"]}
+    assert dtypes == {"bfloat16"}

@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from ._workers import end_group, shorten
+from _workers import end_group, shorten
 
 ROOT = Path(__file__).resolve().parent.parent
 

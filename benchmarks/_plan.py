@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .gpu_run import Run
+    from fastllm.benchmarks.gpu_run import Run
 
 NO_GPU = "torch sees no GPU"
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")

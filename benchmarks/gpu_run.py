@@ -35,12 +35,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-if __name__ == "__main__":  # as a script; its own folder has modules of common names
-    sys.path[0], __package__ = str(ROOT), "benchmarks"
+sys.path.append(str(ROOT / "benchmarks"))  # not as fastllm.benchmarks, which imports torch: this process does without
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)  # instead of benchmarks/, whose modules have common names
 
-from ._build import Build, library_state  # noqa: E402
-from ._plan import NO_GPU, SANITIZED, TOOLS, Outcome, summary  # noqa: E402
-from ._workers import SHORT, Job, Worker, append, damaged, end_group, run_jobs, serve, shorten  # noqa: E402
+from _build import Build, library_state  # noqa: E402
+from _plan import NO_GPU, SANITIZED, TOOLS, Outcome, summary  # noqa: E402
+from _workers import SHORT, Job, Worker, append, damaged, end_group, run_jobs, serve, shorten  # noqa: E402
 
 CHIP = ("cuda", 90)  # what a rehearsal compiles for
 SHARES = {
@@ -772,5 +773,4 @@ def perform(run: Run, chosen: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.path[0] = str(ROOT)  # instead of benchmarks/, whose modules have common names
     raise SystemExit(main())

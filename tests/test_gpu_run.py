@@ -3,7 +3,6 @@ by `gpu_run.py --rehearse`."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import signal
@@ -15,7 +14,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from fastllm.benchmarks import _build, _workers, headline, report
+from fastllm.benchmarks import gpu_run, headline, report
+
+_build, _workers = sys.modules["_build"], sys.modules["_workers"]  # as the script imports them
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks/gpu_run.py"
 WORKER = f"""
@@ -55,18 +56,13 @@ serve(handle)
 
 
 @pytest.fixture
-def gpu_run():
-    return importlib.import_module("fastllm.benchmarks.gpu_run")
-
-
-@pytest.fixture
-def run(gpu_run, tmp_path, monkeypatch):
+def run(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_run, "start_build", lambda run: None)
     return gpu_run.Run(tmp_path / "out", 1.0)
 
 
 @pytest.fixture
-def start(gpu_run, run, tmp_path):
+def start(run, tmp_path):
     file = tmp_path / "worker.py"
     file.write_text(WORKER)
     return lambda: gpu_run.Worker([sys.executable, str(file)], run.environment(), run.log)
@@ -81,7 +77,7 @@ def alive(pid: int) -> bool:
     return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
-def test_a_crash_costs_its_own_job(gpu_run, run, start):
+def test_a_crash_costs_its_own_job(run, start):
     outcome = gpu_run.Outcome()
     jobs = [{"do": word, "index": i} for i, word in enumerate(("ok", "crash", "ok", "damage", "fail", "ok"))]
     run.jobs(outcome, "smoke", jobs, start, 1, time.monotonic() + 30)
@@ -96,7 +92,7 @@ def test_a_crash_costs_its_own_job(gpu_run, run, start):
     assert "what a job prints" in run.log.read_text()
 
 
-def test_half_an_answer_is_none_and_costs_its_own_job(gpu_run, run, start):
+def test_half_an_answer_is_none_and_costs_its_own_job(run, start):
     jobs = [{"do": "half", "seconds": 0}, {"do": "half", "seconds": 60}, {"do": "babble"}, {"do": "ok"}]
     outcome, began = gpu_run.Outcome(), time.monotonic()
     run.jobs(outcome, "smoke", jobs, start, 1, began + 30, job_seconds=1.0)
@@ -109,7 +105,7 @@ def test_half_an_answer_is_none_and_costs_its_own_job(gpu_run, run, start):
     assert (outcome.answered, len(outcome.failed), outcome.note) == (4, 3, "")
 
 
-def test_what_raises_beside_a_job_is_told_and_stops_nothing(gpu_run, run, start):
+def test_what_raises_beside_a_job_is_told_and_stops_nothing(run, start):
     def no_process():
         raise OSError("no more processes")
 
@@ -126,7 +122,7 @@ def test_what_raises_beside_a_job_is_told_and_stops_nothing(gpu_run, run, start)
     assert tally.trouble == ["OSError: no space left on device"] * 2
 
 
-def test_one_job_that_brings_two_fills_two_workers(gpu_run, start):
+def test_one_job_that_brings_two_fills_two_workers(start):
     pids = set()
 
     def done(job, answer):
@@ -138,7 +134,7 @@ def test_one_job_that_brings_two_fills_two_workers(gpu_run, start):
     assert len(pids) == 2
 
 
-def test_a_process_that_cannot_be_killed_is_abandoned(gpu_run, start, monkeypatch):
+def test_a_process_that_cannot_be_killed_is_abandoned(start, monkeypatch):
     monkeypatch.setattr(_workers, "PATIENCE", 0.1)
     monkeypatch.setattr(_workers.os, "killpg", lambda pid, signal: None)
     began, processes = time.monotonic(), []
@@ -156,7 +152,7 @@ def test_a_process_that_cannot_be_killed_is_abandoned(gpu_run, start, monkeypatc
     _workers.end_group(processes[0])
 
 
-def test_an_answer_may_bring_further_jobs(gpu_run, start):
+def test_an_answer_may_bring_further_jobs(start):
     answered = []
 
     def done(job, answer):
@@ -169,7 +165,7 @@ def test_an_answer_may_bring_further_jobs(gpu_run, start):
     assert sorted(answered) == [1, 2, 11, 12, 21, 22]
 
 
-def test_a_job_that_takes_too_long_is_ended(gpu_run, run, start):
+def test_a_job_that_takes_too_long_is_ended(run, start):
     outcome = gpu_run.Outcome()
     run.jobs(outcome, "smoke", [{"do": "sleep"}, {"do": "ok"}], start, 1, time.monotonic() + 30, job_seconds=1.0)
     first, second = lines(run)
@@ -178,7 +174,7 @@ def test_a_job_that_takes_too_long_is_ended(gpu_run, run, start):
 
 
 def test_a_stage_out_of_time_is_ended_with_all_it_started_and_the_next_goes_on(
-    gpu_run, run, start, tmp_path, monkeypatch, capsys
+    run, start, tmp_path, monkeypatch, capsys
 ):
     def hangs(run, outcome, deadline):
         file = str(tmp_path / "pid")
@@ -206,7 +202,7 @@ def test_a_stage_out_of_time_is_ended_with_all_it_started_and_the_next_goes_on(
     assert all(path.is_file() for path in run.out.iterdir())
 
 
-def test_no_stage_starts_without_time(gpu_run, run, monkeypatch):
+def test_no_stage_starts_without_time(run, monkeypatch):
     def slow(run, outcome, deadline):
         run.deadline = time.monotonic()
 
@@ -240,7 +236,7 @@ run.jobs(gpu_run.Outcome(), "smoke", jobs, start, 1, time.monotonic() + 60)
     assert [json.loads(line)["ok"] for line in results.read_text().splitlines()] == [True, True]
 
 
-def test_nothing_goes_on_without_a_gpu(gpu_run, run, monkeypatch):
+def test_nothing_goes_on_without_a_gpu(run, monkeypatch):
     def none(run, outcome, deadline):
         outcome.failed.append("facts: RuntimeError: torch sees no GPU")
         run.no_gpu = True
@@ -253,7 +249,7 @@ def test_nothing_goes_on_without_a_gpu(gpu_run, run, monkeypatch):
     assert "smoke     not started: torch sees no GPU" in page
 
 
-def test_stages_by_name_and_number(gpu_run, capsys, tmp_path):
+def test_stages_by_name_and_number(capsys, tmp_path):
     assert gpu_run.choose_stages("headline,1") == ["facts", "headline"]
     assert gpu_run.choose_stages(",".join(gpu_run.STAGES)) == list(gpu_run.STAGES)
     assert list(gpu_run.SHARES) == list(gpu_run.STAGES)
@@ -263,7 +259,7 @@ def test_stages_by_name_and_number(gpu_run, capsys, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_the_users_pythonpath_is_kept(gpu_run, run, monkeypatch):
+def test_the_users_pythonpath_is_kept(run, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "/of/the/user")
     assert run.environment()["PYTHONPATH"].split(os.pathsep) == [
         str(gpu_run.ROOT),
@@ -286,7 +282,7 @@ def test_a_library_must_be_of_these_sources(tmp_path):
     assert _build.library_state(library) == "was built from other sources"
 
 
-def test_every_test_leaves_a_line_as_it_ends(gpu_run, run, monkeypatch):
+def test_every_test_leaves_a_line_as_it_ends(run, monkeypatch):
     monkeypatch.setenv("FASTLLM_GPU_RUN_RESULTS", str(run.results))
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
     crash = SimpleNamespace(reprcrash=SimpleNamespace(message="assert 1 == 2"))
@@ -301,7 +297,7 @@ def test_every_test_leaves_a_line_as_it_ends(gpu_run, run, monkeypatch):
     ]
 
 
-def test_compiling_ahead_leaves_most_of_the_stage(gpu_run, run, start, monkeypatch):
+def test_compiling_ahead_leaves_most_of_the_stage(run, start, monkeypatch):
     monkeypatch.setattr(run, "worker", lambda script, **environment: start)
     began = time.monotonic()
     run.precompile(gpu_run.Outcome(), "smoke", [{"seconds": 0}, {"seconds": 60}], "every_op.py", began + 5)
@@ -326,7 +322,7 @@ print("done")
 """
 
 
-def test_a_build_outlives_the_stage_that_had_no_time_for_it(gpu_run, run, tmp_path, monkeypatch):
+def test_a_build_outlives_the_stage_that_had_no_time_for_it(run, tmp_path, monkeypatch):
     monkeypatch.setattr(_build, "ROOT", tmp_path)
     (tmp_path / "setup.py").write_text(SETUP)
     (tmp_path / "fastllm").mkdir()
@@ -344,7 +340,7 @@ def test_a_build_outlives_the_stage_that_had_no_time_for_it(gpu_run, run, tmp_pa
 
 
 @pytest.mark.parametrize("stage", ["smoke", "headline", "tuning", "tests", "sanitize", "autotuned"])
-def test_every_stage_awaits_the_build(gpu_run, run, monkeypatch, stage):
+def test_every_stage_awaits_the_build(run, monkeypatch, stage):
     """What it does before is compile, and what needs no library."""
     asked = []
     run.build = SimpleNamespace(note="", wait=asked.append)
@@ -366,7 +362,7 @@ def test_what_was_measured_can_be_committed(run):
     assert report.load(run.out / "a-gpu.json") == committed
 
 
-def test_an_earlier_run_is_not_written_over(gpu_run, tmp_path, capsys):
+def test_an_earlier_run_is_not_written_over(tmp_path, capsys):
     results = tmp_path / "results.jsonl"
     results.write_text("{}\n")
     assert gpu_run.main(["--out", str(tmp_path)]) == 2
@@ -385,7 +381,7 @@ def test_gpu(number):
 """
 
 
-def test_a_lost_gpu_costs_its_own_test_and_what_cannot_be_collected_is_told(gpu_run, run, tmp_path):
+def test_a_lost_gpu_costs_its_own_test_and_what_cannot_be_collected_is_told(run, tmp_path):
     pytest.importorskip("xdist")
     (tmp_path / "test_lost.py").write_text(TESTS)
     (tmp_path / "test_broken.py").write_text("import no_such_module")
@@ -401,7 +397,7 @@ def test_a_lost_gpu_costs_its_own_test_and_what_cannot_be_collected_is_told(gpu_
     assert pids[0] == pids[1] != pids[2]
 
 
-def test_the_kernels_of_the_training_step_are_compiled_ahead(gpu_run):
+def test_the_kernels_of_the_training_step_are_compiled_ahead():
     pytest.importorskip("triton")
     cases = headline.cases("cuda")
     index = next(i for i, case in enumerate(cases) if case.op == "training_step")

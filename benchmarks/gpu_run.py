@@ -1,10 +1,11 @@
-"""Everything that needs a GPU, in stages, the most valuable first: a quarter of an hour with one is enough for all.
+"""Runs everything that needs a GPU, in stages, the most valuable first, for as long as there is time.
 
     python3 benchmarks/gpu_run.py --out DIR [--minutes 5] [--stages 1,2,headline]
     python3 benchmarks/gpu_run.py --out DIR --rehearse      # without a GPU: compiles all of it, and estimates the time
 
 It uses the Python that it is given, and needs no make, network or installation. What is measured is appended to
-DIR/results.jsonl at once, so that whatever ends the run loses nothing; DIR/summary.txt says what was reached.
+DIR/results.jsonl at once, so that whatever ends the run loses nothing; DIR/summary.txt says what was reached, and
+DIR/<gpu>.json has the headline numbers as `fastllm bench --json` writes them. A DIR with results is refused.
 A `fastllm/_C_cuda.so` that was built elsewhere (FASTLLM_CUDA_ARCHS=90) is used if it was built from these sources.
 
 A stage is a list of jobs for workers (`_workers.py`), each of which may crash or hang without taking anything with it;

@@ -16,9 +16,12 @@ marked as host-bound like any other contender.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -87,6 +90,28 @@ def setup(config: GPTConfig, batch: int, device: str, compiles: bool) -> dict[st
     found: dict[str, Callable[[], Ready] | str] = {"fastllm": lambda: ours, "eager": lambda: eager}
     for name, chosen in ((COMPILED, stock), (OURS_COMPILED, config)):
         found[name] = functools.partial(_ready, chosen, device, *batches, compiled=True) if compiles else NOT_COMPILED
+    return found
+
+
+def calls(config: GPTConfig, batch: int) -> dict[str, tuple[tuple, dict[str, Any]]]:
+    """The arguments of the calls in a step that Triton has kernels for, by the op's name: on the meta device, with the
+    shapes that they have in the last block and the dtypes that autocast to bfloat16 gives them."""
+    found: dict[str, tuple[tuple, dict[str, Any]]] = {}
+
+    def listening(name: str, op: Callable) -> Callable:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            found[name] = args, kwargs
+            return op(*args, **kwargs)
+
+        return call
+
+    with contextlib.ExitStack() as stack:
+        for name in ("attention", "linear_cross_entropy"):
+            stack.enter_context(mock.patch.object(ops, name, listening(name, getattr(ops, name))))
+        tokens = torch.zeros(batch, config.context + 1, dtype=torch.long, device="meta")
+        with torch.device("meta"):
+            model = GPT(config).train().bfloat16()
+        model(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
     return found
 
 

@@ -171,3 +171,15 @@ def recorded(chip: Chip, multiprocessors: int = 132) -> Iterator[list[Launch]]:
             stack.enter_context(mock.patch.object(place, name, value))
         stack.enter_context(_OnMeta())
         yield launches
+
+
+def handle(job: dict[str, Any], run: Callable[[], Any]) -> dict[str, Any]:
+    """What a worker does ahead of time, each job naming its chip: "record" gives the texts that `run` would launch with
+    their fingerprints, "compile" compiles one of them."""
+    chip: Chip = tuple(job["chip"])
+    if job["do"] == "compile":
+        compile(job["text"], chip)
+        return {}
+    with recorded(chip) as launches:
+        run()
+    return {"launches": {text: fingerprint(text, chip) for text in {launch.text() for launch in launches}}}

@@ -9,13 +9,18 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import json
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
+
+import torch
 
 ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "docs/compatibility.md"
@@ -50,8 +55,6 @@ class Absent(Exception):
 
 
 def check_import() -> None:
-    import torch
-
     import fastllm
     from fastllm import _ext
     from fastllm.backends import OPS
@@ -82,7 +85,6 @@ def check_info() -> None:
 
 def check_ops() -> None:
     """Every op, forward and backward, beside its reference."""
-    import torch
     from every_op import DTYPES, runner
 
     import fastllm
@@ -100,9 +102,6 @@ def check_ops() -> None:
 
 def check_compile() -> None:
     """Every op with fullgraph=True, forward and backward; a GPT by Inductor."""
-    from unittest import mock
-
-    import torch
     from every_op import runner
 
     from fastllm import models, ops
@@ -126,25 +125,29 @@ def check_compile() -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-def check_export() -> None:
-    import torch
+class Exported(torch.nn.Module):
+    """A call of an op, whose tensors are the arguments of `forward`."""
 
+    def __init__(self, op: str, args: tuple, kwargs: dict):
+        super().__init__()
+        self.op, self.args, self.kwargs = op, args, kwargs
+
+    def forward(self, *tensors):
+        from fastllm import ops
+
+        given = iter(tensors)
+        args = (next(given) if isinstance(arg, torch.Tensor) else arg for arg in self.args)
+        return getattr(ops, self.op)(*args, **self.kwargs)
+
+
+def check_export() -> None:
     from fastllm import ops
     from fastllm.testing import sample
 
     for op in ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm", "attention", "swiglu", "geglu"):
         args, kwargs = sample(op)
-
-        class Module(torch.nn.Module):
-            op, args, kwargs = getattr(ops, op), args, kwargs
-
-            def forward(self, *tensors):
-                given = iter(tensors)
-                filled = (next(given) if isinstance(arg, torch.Tensor) else arg for arg in self.args)
-                return type(self).op(*filled, **self.kwargs)
-
         tensors = tuple(arg for arg in args if isinstance(arg, torch.Tensor))
-        program = torch.export.export(Module(), tensors)
+        program = torch.export.export(Exported(op, args, kwargs), tensors)
         assert f"fastllm.{op}_fwd" in str(program.graph), program.graph
         torch.manual_seed(0)
         expected = getattr(ops, op)(*args, **kwargs)
@@ -153,8 +156,6 @@ def check_export() -> None:
 
 
 def check_patch() -> None:
-    import torch
-
     try:
         from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
     except ImportError as error:
@@ -246,7 +247,7 @@ def build(python: str, folder: Path) -> Path:
     return next(folder.glob("*.whl"))
 
 
-def run_check(python: str, name: str, installed: Path) -> str:
+def run_check(python: str, installed: Path, name: str) -> str:
     """ "yes", "not installed: what", or why it failed."""
     path = os.pathsep.join([str(installed), str(ROOT / "tests")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_WAIT_POLICY": "passive"}
@@ -306,9 +307,11 @@ def main() -> int:
                 installed = folder / f"installed{place}"
                 command = [environment["executable"], "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
                 subprocess.run([*command, installed, wheel], check=True)
-                for name in CHECKS:
-                    row[name] = run_check(environment["executable"], name, installed)
-                    print(f"torch {row['torch']}, wheel of {row['wheel']}: {name}: {row[name]}", flush=True)
+                with ThreadPoolExecutor(2) as pool:
+                    run = functools.partial(run_check, environment["executable"], installed)
+                    for name, verdict in zip(CHECKS, pool.map(run, CHECKS), strict=True):
+                        row[name] = verdict
+                        print(f"torch {row['torch']}, wheel of {row['wheel']}: {name}: {verdict}", flush=True)
                 rows.append(row)
     args.out.write_text(markdown(rows))
     print(args.out)

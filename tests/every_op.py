@@ -14,7 +14,7 @@ import functools
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,9 +26,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastllm
-from fastllm import ops
-from fastllm.benchmarks.gpu_run import cpu_seconds, serve
-from fastllm.precompile import compile, fingerprint, recorded
+from fastllm import ops, precompile
+from fastllm.benchmarks._workers import cpu_seconds, serve
 from fastllm.testing import assert_within_budget, check_op, dropout_factors, make, outputs_of, sample, seeded
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -141,6 +140,8 @@ ADAMW: dict[str, dict[str, Any]] = {
     "remainder, 8-bit": {"shapes": CHUNKS, "master": "remainder", "moment_dtype": torch.uint8, "max_norm": 1.0},
     "float32 gradients": {"shapes": CHUNKS, "grad_dtype": torch.float32, "moment_dtype": torch.float32},
     "bfloat16 moments": {"shapes": CHUNKS, "moment_dtype": torch.bfloat16},
+    # fastllm.optim.AdamW, whose kernels read a table of addresses that is made at its first step
+    "optimizer": {"optimizer": {"max_norm": 1.0}},
 }
 ADAMW_DTYPES = {
     "many tensors": (torch.float32,),
@@ -152,15 +153,13 @@ ADAMW_DTYPES = {
 
 
 def _adamw(options: dict[str, Any]) -> Callable[[Draw], Call]:
-    names = ("shapes", "grad_dtype", "moment_dtype", "master", "amsgrad")
+    """((state, gradients), what the state's step is called with): not the op's arguments, since the norm is computed on
+    the way."""
+    chosen = {key: value for key, value in options.items() if key != "steps"}
 
     def call(draw: Draw) -> Call:
-        state = adamw_suite.State(draw.dtype, device=draw.device, **{k: options[k] for k in names if k in options})
-        if options.get("misaligned"):
-            state.misalign()
-        return state.arguments(
-            state.grads(1), **{k: options[k] for k in ("maximize", "stochastic_rounding", "seed") if k in options}
-        )
+        state, kwargs = adamw_suite.prepared(draw.device, dtype=draw.dtype, **chosen)
+        return (state, state.grads(1)), kwargs
 
     return call
 
@@ -331,28 +330,81 @@ def _replaced(args: tuple, kwargs: dict[str, Any], leaves: dict[int | str, Tenso
     return args, kwargs
 
 
-def runner(op: str, device: str, dtype: torch.dtype, name: str = "small") -> Callable[[], list[Tensor]]:
+@dataclass(frozen=True)
+class Runner:
+    """A call that can be repeated, and the tensors of floating point that it reads."""
+
+    function: Callable[[], list[Tensor]]
+    inputs: list[Tensor]
+
+    def __call__(self) -> list[Tensor]:
+        return self.function()
+
+
+def runner(op: str, device: str, dtype: torch.dtype, name: str = "small") -> Runner:
     """Returns a call that gives the outputs of `op` and every gradient; for adamw, what it wrote. Twice the same.
 
     It runs on the backend that is meant, or raises.
     """
-    args, kwargs = VARIANTS[op][name].draw(Draw(device, dtype))
+    variant = VARIANTS[op][name]
+    if variant.options is not None:
+        run = _optimizer_runner if "optimizer" in variant.options else _adamw_runner
+        return run(variant, device, dtype)
+    args, kwargs = variant.draw(Draw(device, dtype))
     function = fastllm.use_backend(backend(op, device))(_run)
-    if op == "adamw":
-        given = (*args, *kwargs.values())
-        written = [t for x in given if isinstance(x, (list, tuple)) for t in x if isinstance(t, Tensor)]
-        before = [t.clone() for t in written]
-
-        def step() -> list[Tensor]:
-            for tensor, value in zip(written, before, strict=True):
-                tensor.copy_(value)
-            function(op, args, kwargs, {})
-            return [t.clone() for t in written]
-
-        return step
     leaves = {} if op in NO_BACKWARD else _leaves(op, args, kwargs)
     leaves = {place: x.detach().requires_grad_() for place, x in leaves.items()}
-    return functools.partial(function, op, *_replaced(args, kwargs, leaves), leaves)
+    args, kwargs = _replaced(args, kwargs, leaves)
+    return Runner(functools.partial(function, op, args, kwargs, leaves), _floating([*args, *kwargs.values()]))
+
+
+def _floating(values: Iterable[Any]) -> list[Tensor]:
+    return [x for x in values if isinstance(x, Tensor) and x.is_floating_point()]
+
+
+def _again(step: Callable[[], Tensor | None], written: list[Tensor]) -> Runner:
+    """The step on what `written` holds now, each time."""
+    before = [x.detach().clone() for x in written]
+
+    def run() -> list[Tensor]:
+        with torch.no_grad():
+            for tensor, value in zip(written, before, strict=True):
+                tensor.copy_(value)
+        norm = step()
+        return [*(x.detach().clone() for x in written), *([] if norm is None else [norm.clone()])]
+
+    return Runner(run, _floating(written))
+
+
+def _adamw_runner(variant: Variant, device: str, dtype: torch.dtype) -> Runner:
+    (state, grads), kwargs = variant.draw(Draw(device, dtype))
+    step = fastllm.use_backend(backend("adamw", device))(functools.partial(state.step, grads, **kwargs))
+    return _again(step, [*state.tensors().values(), *grads])
+
+
+def _optimizer_runner(variant: Variant, device: str, dtype: torch.dtype) -> Runner:
+    assert variant.options is not None
+    step, params, optimizer = adamw_suite.optimizer_step(device, dtype, **variant.options["optimizer"])
+    step()  # which makes the state
+
+    def step_and_norm() -> Tensor | None:
+        step()
+        return optimizer.grad_norm
+
+    states = [x for p in params for x in optimizer.state[p].values() if isinstance(x, Tensor)]
+    return _again(step_and_norm, [*(p.detach() for p in params), *states])
+
+
+def _check_optimizer(options: dict[str, Any], dtype: torch.dtype, device: str) -> None:
+    """Two steps beside the same on the reference on the CPU."""
+    got, expected = (adamw_suite.optimizer_step(where, dtype, **options) for where in (device, "cpu"))
+    for _ in range(2):
+        got[0]()
+        with fastllm.use_backend("reference"):
+            expected[0]()
+    rtol = {torch.float32: 2**-18, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
+    for ours, reference in zip(got[1], expected[1], strict=True):
+        torch.testing.assert_close(ours.detach().cpu(), reference.detach(), rtol=rtol, atol=1e-30)
 
 
 def _run(op: str, args: tuple, kwargs: dict[str, Any], leaves: dict) -> list[Tensor]:
@@ -408,6 +460,9 @@ def _budget(op: str, args: tuple, kwargs: dict[str, Any]) -> dict[str, float]:
 def check(op: str, name: str, dtype: torch.dtype, device: str) -> None:
     """Asserts that the variant's outputs and gradients are within the error budget, on the backend that is meant."""
     variant = VARIANTS[op][name]
+    if variant.options is not None and "optimizer" in variant.options:
+        _check_optimizer(variant.options["optimizer"], dtype, device)
+        return
     with fastllm.use_backend(backend(op, device)):
         if variant.options is not None:
             got, expected = adamw_suite.beside_the_reference(device, dtype=dtype, **variant.options)
@@ -464,16 +519,10 @@ def handle(job: dict[str, Any]) -> dict[str, Any]:
     if job["do"] == "list":
         return {"jobs": list(jobs()), "start_seconds": cpu_seconds()}
     if job["do"] == "compile":
-        compile(job["text"], tuple(job["chip"]))
-        return {}
+        return precompile.handle(job, lambda: None)
     op, name, dtype = job["op"], job["variant"], getattr(torch, job["dtype"])
     if job["do"] == "record":
-        if op in CUDA:
-            return {"launches": {}}
-        chip = tuple(job["chip"])
-        with recorded(chip) as launches:
-            runner(op, "cuda", dtype, name)()
-        return {"launches": {text: fingerprint(text, chip) for text in {launch.text() for launch in launches}}}
+        return precompile.handle(job, lambda: op in CUDA or runner(op, "cuda", dtype, name)())
     device = job["device"]
     warnings.simplefilter("error" if device == "cuda" else "ignore", fastllm.FallbackWarning)
     check(op, name, dtype, device)

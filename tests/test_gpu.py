@@ -73,14 +73,21 @@ def test_numbers(op, variant, device):
 
 @calls()
 def test_another_stream(op, variant, device):
-    """The op waits for what its own stream still computes, and for nothing else."""
+    """Every kernel runs on the stream of its call: one that does not would find NaN, since the inputs are written there
+    after a pause."""
     runs = [runner(op, device, dtype_of(op, variant), variant) for _ in range(2)]  # what one writes is its own
+    values = [[x.detach().clone() for x in run.inputs] for run in runs]
     expected = runs[0]()
+    for run in runs:
+        for x in run.inputs:
+            x.detach().fill_(float("nan"))
     torch.cuda.synchronize()
     results = []
-    for run in runs:
+    for run, inputs in zip(runs, values, strict=True):
         with torch.cuda.stream(torch.cuda.Stream()):
-            torch.cuda._sleep(10_000_000)
+            torch.cuda._sleep(100_000_000)
+            for x, value in zip(run.inputs, inputs, strict=True):
+                x.detach().copy_(value)
             results.append(run())
     torch.cuda.synchronize()
     assert all(same(result, expected) for result in results)

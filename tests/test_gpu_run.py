@@ -3,7 +3,6 @@ by `gpu_run.py --rehearse`."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
@@ -15,11 +14,17 @@ from types import SimpleNamespace
 
 import pytest
 
+from fastllm.benchmarks import gpu_run, headline, report
+
+_build, _workers = sys.modules["_build"], sys.modules["_workers"]  # as the script imports them
+
 SCRIPT = Path(__file__).parent.parent / "benchmarks/gpu_run.py"
 WORKER = f"""
 import os, signal, subprocess, sys, time
 sys.path.insert(0, {str(SCRIPT.parent)!r})
-from gpu_run import serve
+from _workers import serve
+
+answers = os.dup(1)
 
 def handle(job):
     print("what a job prints is no answer")
@@ -30,6 +35,16 @@ def handle(job):
         time.sleep(job.get("seconds", 60))
     if job["do"] == "crash":
         os.kill(os.getpid(), signal.SIGSEGV)
+    if job["do"] == "record":
+        time.sleep(job["seconds"])
+        return {{"launches": {{}}}}
+    if job["do"] == "half":  # of an answer, and then an end or a stall
+        os.write(answers, b'{{"ok": tr')
+        time.sleep(job["seconds"])
+        os._exit(3)
+    if job["do"] == "babble":
+        os.write(answers, b"no JSON\\n")
+        time.sleep(60)
     if job["do"] == "damage":
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
     if job["do"] == "fail":
@@ -40,26 +55,14 @@ serve(handle)
 """
 
 
-@pytest.fixture(scope="module")
-def gpu_run():
-    spec = importlib.util.spec_from_file_location("gpu_run", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["gpu_run"] = module
-    before = list(sys.path)
-    spec.loader.exec_module(module)
-    yield module
-    sys.path[:] = before
-    del sys.modules["gpu_run"]
-
-
 @pytest.fixture
-def run(gpu_run, tmp_path, monkeypatch):
+def run(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_run, "start_build", lambda run: None)
     return gpu_run.Run(tmp_path / "out", 1.0)
 
 
 @pytest.fixture
-def start(gpu_run, run, tmp_path):
+def start(run, tmp_path):
     file = tmp_path / "worker.py"
     file.write_text(WORKER)
     return lambda: gpu_run.Worker([sys.executable, str(file)], run.environment(), run.log)
@@ -74,7 +77,7 @@ def alive(pid: int) -> bool:
     return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
-def test_a_crash_costs_its_own_job(gpu_run, run, start):
+def test_a_crash_costs_its_own_job(run, start):
     outcome = gpu_run.Outcome()
     jobs = [{"do": word, "index": i} for i, word in enumerate(("ok", "crash", "ok", "damage", "fail", "ok"))]
     run.jobs(outcome, "smoke", jobs, start, 1, time.monotonic() + 30)
@@ -89,7 +92,67 @@ def test_a_crash_costs_its_own_job(gpu_run, run, start):
     assert "what a job prints" in run.log.read_text()
 
 
-def test_an_answer_may_bring_further_jobs(gpu_run, start):
+def test_half_an_answer_is_none_and_costs_its_own_job(run, start):
+    jobs = [{"do": "half", "seconds": 0}, {"do": "half", "seconds": 60}, {"do": "babble"}, {"do": "ok"}]
+    outcome, began = gpu_run.Outcome(), time.monotonic()
+    run.jobs(outcome, "smoke", jobs, start, 1, began + 30, job_seconds=1.0)
+    assert time.monotonic() - began < 20
+    ended, stalled, babbled, fine = lines(run)
+    assert ended["error"] == "its process ended: exit code 3 in the middle of an answer"
+    assert stalled["error"] == "no answer in 1 s"
+    assert babbled["error"] == "no answer but 'no JSON'"
+    assert fine["ok"]
+    assert (outcome.answered, len(outcome.failed), outcome.note) == (4, 3, "")
+
+
+def test_what_raises_beside_a_job_is_told_and_stops_nothing(run, start):
+    def no_process():
+        raise OSError("no more processes")
+
+    outcome = gpu_run.Outcome()
+    run.jobs(outcome, "smoke", [{"do": "ok"}, {"do": "ok"}], no_process, 2, time.monotonic() + 30)
+    assert [line["error"] for line in lines(run)] == ["OSError: no more processes"] * 2
+    assert outcome.answered == 2
+
+    def full(job, answer):
+        raise OSError("no space left on device")
+
+    tally = gpu_run.run_jobs([{"do": "ok"}, {"do": "ok"}], start, 1, time.monotonic() + 30, full)
+    assert (tally.answered, tally.left) == (2, 0)
+    assert tally.trouble == ["OSError: no space left on device"] * 2
+
+
+def test_one_job_that_brings_two_fills_two_workers(start):
+    pids = set()
+
+    def done(job, answer):
+        if job["do"] == "ok":
+            return [{"do": "sleep", "seconds": 1}] * 2
+        return pids.add(answer["pid"])
+
+    gpu_run.run_jobs([{"do": "ok"}], start, 2, time.monotonic() + 30, done)
+    assert len(pids) == 2
+
+
+def test_a_process_that_cannot_be_killed_is_abandoned(start, monkeypatch):
+    monkeypatch.setattr(_workers, "PATIENCE", 0.1)
+    monkeypatch.setattr(_workers.os, "killpg", lambda pid, signal: None)
+    began, processes = time.monotonic(), []
+
+    def kept():
+        worker = start()
+        processes.append(worker.process)
+        return worker
+
+    tally = gpu_run.run_jobs([{"do": "sleep"}], kept, 1, began + 2, lambda job, answer: None)
+    assert time.monotonic() - began < 10
+    assert (tally.answered, tally.left) == (0, 1)
+    assert tally.trouble == [f"process {processes[0].pid} did not end when it was killed: abandoned"]
+    monkeypatch.undo()
+    _workers.end_group(processes[0])
+
+
+def test_an_answer_may_bring_further_jobs(start):
     answered = []
 
     def done(job, answer):
@@ -97,11 +160,12 @@ def test_an_answer_may_bring_further_jobs(gpu_run, start):
         return [{"do": "ok", "index": 10 * job["index"] + i} for i in (1, 2)] if job["index"] < 10 else None
 
     jobs = [{"do": "ok", "index": 1}, {"do": "ok", "index": 2}]
-    assert gpu_run.run_jobs(jobs, start, 2, time.monotonic() + 30, done) == 6
+    tally = gpu_run.run_jobs(jobs, start, 2, time.monotonic() + 30, done)
+    assert (tally.answered, tally.left, tally.trouble) == (6, 0, [])
     assert sorted(answered) == [1, 2, 11, 12, 21, 22]
 
 
-def test_a_job_that_takes_too_long_is_ended(gpu_run, run, start):
+def test_a_job_that_takes_too_long_is_ended(run, start):
     outcome = gpu_run.Outcome()
     run.jobs(outcome, "smoke", [{"do": "sleep"}, {"do": "ok"}], start, 1, time.monotonic() + 30, job_seconds=1.0)
     first, second = lines(run)
@@ -110,7 +174,7 @@ def test_a_job_that_takes_too_long_is_ended(gpu_run, run, start):
 
 
 def test_a_stage_out_of_time_is_ended_with_all_it_started_and_the_next_goes_on(
-    gpu_run, run, start, tmp_path, monkeypatch, capsys
+    run, start, tmp_path, monkeypatch, capsys
 ):
     def hangs(run, outcome, deadline):
         file = str(tmp_path / "pid")
@@ -118,7 +182,6 @@ def test_a_stage_out_of_time_is_ended_with_all_it_started_and_the_next_goes_on(
         run.jobs(outcome, "smoke", jobs, start, 1, deadline)
 
     def answers(run, outcome, deadline):
-        run.facts["ceilings"] = {"copy_gb_s": 1.0}
         run.jobs(outcome, "headline", [{"do": "ok"}], start, 1, deadline)
 
     def raises(run, outcome, deadline):
@@ -139,9 +202,8 @@ def test_a_stage_out_of_time_is_ended_with_all_it_started_and_the_next_goes_on(
     assert all(path.is_file() for path in run.out.iterdir())
 
 
-def test_no_stage_starts_without_time(gpu_run, run, monkeypatch):
+def test_no_stage_starts_without_time(run, monkeypatch):
     def slow(run, outcome, deadline):
-        run.facts["ceilings"] = {"copy_gb_s": 1.0}
         run.deadline = time.monotonic()
 
     monkeypatch.setattr(gpu_run, "STAGES", {"facts": slow, "smoke": slow})
@@ -154,16 +216,16 @@ def test_results_survive_a_kill(tmp_path):
     worker, out = tmp_path / "worker.py", tmp_path / "out"
     worker.write_text(WORKER)
     program = f"""
-import sys, time
-sys.path.insert(0, {str(SCRIPT.parent)!r})
+import time
 from pathlib import Path
-import gpu_run
+import sys
+from fastllm.benchmarks import gpu_run
 run = gpu_run.Run(Path({str(out)!r}), 1.0)
 start = lambda: gpu_run.Worker([sys.executable, {str(worker)!r}], run.environment(), run.log)
 jobs = [{{"do": "ok"}}, {{"do": "ok"}}, {{"do": "sleep", "seconds": 2}}]
 run.jobs(gpu_run.Outcome(), "smoke", jobs, start, 1, time.monotonic() + 60)
 """
-    process = subprocess.Popen([sys.executable, "-c", program])
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=SCRIPT.parent.parent)
     results = out / "results.jsonl"
     for _ in range(200):
         if results.exists() and results.read_text().count("\n") == 2:
@@ -174,29 +236,30 @@ run.jobs(gpu_run.Outcome(), "smoke", jobs, start, 1, time.monotonic() + 60)
     assert [json.loads(line)["ok"] for line in results.read_text().splitlines()] == [True, True]
 
 
-def test_nothing_goes_on_without_a_gpu(gpu_run, run, monkeypatch):
+def test_nothing_goes_on_without_a_gpu(run, monkeypatch):
     def none(run, outcome, deadline):
         outcome.failed.append("facts: RuntimeError: torch sees no GPU")
+        run.no_gpu = True
 
     monkeypatch.setattr(gpu_run, "STAGES", {"facts": none, "smoke": none})
     assert gpu_run.perform(run, ["smoke"]) == 1
     assert list(run.outcomes) == ["facts"]
     page = (run.out / "summary.txt").read_text()
     assert "torch sees no GPU" in page
-    assert "smoke     not started: the facts are not known" in page
+    assert "smoke     not started: torch sees no GPU" in page
 
 
-def test_stages_by_name_and_number(gpu_run, capsys, tmp_path):
+def test_stages_by_name_and_number(capsys, tmp_path):
     assert gpu_run.choose_stages("headline,1") == ["facts", "headline"]
     assert gpu_run.choose_stages(",".join(gpu_run.STAGES)) == list(gpu_run.STAGES)
     assert list(gpu_run.SHARES) == list(gpu_run.STAGES)
-    for wrong in ("7", "smokes", "0"):
+    for wrong in ("8", "smokes", "0"):
         assert gpu_run.main(["--out", str(tmp_path / "none"), "--stages", f"1,{wrong}"]) == 2
         assert f"unknown stage '{wrong}'; known are 1 facts, 2 smoke" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
 
 
-def test_the_users_pythonpath_is_kept(gpu_run, run, monkeypatch):
+def test_the_users_pythonpath_is_kept(run, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "/of/the/user")
     assert run.environment()["PYTHONPATH"].split(os.pathsep) == [
         str(gpu_run.ROOT),
@@ -207,19 +270,19 @@ def test_the_users_pythonpath_is_kept(gpu_run, run, monkeypatch):
     assert not run.environment()["PYTHONPATH"].endswith(os.pathsep)
 
 
-def test_a_library_must_be_of_these_sources(gpu_run, tmp_path):
+def test_a_library_must_be_of_these_sources(tmp_path):
     library = tmp_path / "_C_cuda.so"
-    assert gpu_run.library_state(library) == "not built"
+    assert _build.library_state(library) == "not built"
     library.write_bytes(b"\x7fELF" + os.urandom(99))
-    assert gpu_run.library_state(library) == "does not say which sources it was built from"
-    digest = gpu_run.source_digest().encode()
+    assert _build.library_state(library) == "does not say which sources it was built from"
+    digest = _build.source_digest().encode()
     library.write_bytes(b"\x7fELF\0fastllm-sources:" + digest + b"\0more")
-    assert gpu_run.library_state(library) == "matches"
+    assert _build.library_state(library) == "matches"
     library.write_bytes(b"\x7fELF\0fastllm-sources:" + digest[::-1] + b"\0more")
-    assert gpu_run.library_state(library) == "was built from other sources"
+    assert _build.library_state(library) == "was built from other sources"
 
 
-def test_every_test_leaves_a_line_as_it_ends(gpu_run, run, monkeypatch):
+def test_every_test_leaves_a_line_as_it_ends(run, monkeypatch):
     monkeypatch.setenv("FASTLLM_GPU_RUN_RESULTS", str(run.results))
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
     crash = SimpleNamespace(reprcrash=SimpleNamespace(message="assert 1 == 2"))
@@ -232,3 +295,116 @@ def test_every_test_leaves_a_line_as_it_ends(gpu_run, run, monkeypatch):
         ("failed", "assert 1 == 2"),
         ("skipped", None),
     ]
+
+
+def test_compiling_ahead_leaves_most_of_the_stage(run, start, monkeypatch):
+    monkeypatch.setattr(run, "worker", lambda script, **environment: start)
+    began = time.monotonic()
+    run.precompile(gpu_run.Outcome(), "smoke", [{"seconds": 0}, {"seconds": 60}], "every_op.py", began + 5)
+    assert 1.5 < time.monotonic() - began < 4
+
+
+@pytest.mark.parametrize(
+    "said", ["Triton Error [CUDA]: out of resource", "CUBLAS_STATUS_EXECUTION_FAILED", "CUDA error"]
+)
+def test_errors_that_cost_the_process(said):
+    assert _workers.damaged(f"RuntimeError: {said}")
+    assert not _workers.damaged("RuntimeError: CUDA out of memory")
+
+
+SETUP = """
+import pathlib, sys, time
+folder = pathlib.Path(sys.argv[sys.argv.index("--build-lib") + 1]) / "fastllm"
+time.sleep(1)
+folder.mkdir(parents=True)
+(folder / "_C_cuda.so").write_text("new")
+print("done")
+"""
+
+
+def test_a_build_outlives_the_stage_that_had_no_time_for_it(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(_build, "ROOT", tmp_path)
+    (tmp_path / "setup.py").write_text(SETUP)
+    (tmp_path / "fastllm").mkdir()
+    library = tmp_path / "fastllm/_C_cuda.so"
+    library.write_text("old")
+    run.build = _build.Build(run.out / "build.log", run.environment(), True)
+    smoke, headline = gpu_run.Outcome(), gpu_run.Outcome()
+    assert not run.need_library(smoke, time.monotonic())
+    assert smoke.note == "the build was not ready in time"
+    assert library.read_text() == "old"
+    assert run.need_library(headline, time.monotonic() + 30)
+    assert (run.build.note, library.read_text()) == ("built", "new")
+    assert (tmp_path / "fastllm/_C_cuda.before.so").read_text() == "old"
+    assert not run.build.folder.exists()
+
+
+@pytest.mark.parametrize("stage", ["smoke", "headline", "tuning", "tests", "sanitize", "autotuned"])
+def test_every_stage_awaits_the_build(run, monkeypatch, stage):
+    """What it does before is compile, and what needs no library."""
+    asked = []
+    run.build = SimpleNamespace(note="", wait=asked.append)
+    run.calls = {"ok": True, "jobs": [], "start_seconds": 0.0}
+    monkeypatch.setattr(gpu_run, "find_sanitizer", lambda: "there")
+    monkeypatch.setattr(gpu_run, "run_jobs", lambda *args: _workers.Tally())
+    outcome = gpu_run.Outcome()
+    gpu_run.STAGES[stage](run, outcome, time.monotonic() + 10)
+    assert len(asked) == 1
+    assert outcome.note == "the build was not ready in time"
+
+
+def test_what_was_measured_can_be_committed(run):
+    committed = report.load(next((SCRIPT.parent / "results").glob("*.json")))
+    committed.pop("ceilings_are", None)  # of an earlier way to measure them
+    run.facts |= {key: committed[key] for key in ("format", "date", "machine", "versions")} | {"file": "a-gpu.json"}
+    run.ceilings, run.measured, run.unmeasured = committed["ceilings"], committed["results"], committed["failed"]
+    run.keep_benchmark()
+    assert report.load(run.out / "a-gpu.json") == committed
+
+
+def test_an_earlier_run_is_not_written_over(tmp_path, capsys):
+    results = tmp_path / "results.jsonl"
+    results.write_text("{}\n")
+    assert gpu_run.main(["--out", str(tmp_path)]) == 2
+    assert f"{results} is of an earlier run" in capsys.readouterr().err
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["{}\n"]
+
+
+TESTS = """
+import os, pathlib, pytest
+
+@pytest.mark.parametrize("number", range(3))
+def test_gpu(number):
+    pathlib.Path(__file__).with_name(f"pid{number}").write_text(str(os.getpid()))
+    if number == 1:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+"""
+
+
+def test_a_lost_gpu_costs_its_own_test_and_what_cannot_be_collected_is_told(run, tmp_path):
+    pytest.importorskip("xdist")
+    (tmp_path / "test_lost.py").write_text(TESTS)
+    (tmp_path / "test_broken.py").write_text("import no_such_module")
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "1", "-p", "fastllm.benchmarks.gpu_run", "-c", os.devnull]
+    command += ["--rootdir", str(tmp_path), "--continue-on-collection-errors", str(tmp_path)]
+    environment = run.environment(**{gpu_run.RESULTS: str(run.results)})
+    subprocess.run(command, env=environment, check=False, capture_output=True, cwd=tmp_path)
+    found = [(line["test"].partition(".py")[0], line["outcome"], line.get("error", "")) for line in lines(run)]
+    assert [outcome for test, outcome, _ in found if test == "test_lost"].count("passed") == 2
+    assert any("illegal memory access" in error for test, _, error in found if test == "test_lost")
+    assert any("no_such_module" in error for test, _, error in found if test == "test_broken")
+    pids = [(tmp_path / f"pid{number}").read_text() for number in range(3)]
+    assert pids[0] == pids[1] != pids[2]
+
+
+def test_the_kernels_of_the_training_step_are_compiled_ahead():
+    pytest.importorskip("triton")
+    cases = headline.cases("cuda")
+    index = next(i for i, case in enumerate(cases) if case.op == "training_step")
+    texts = gpu_run.record({"do": "record", "index": index, "chip": ("cuda", 90)})["launches"]
+    launches = [json.loads(text) for text in texts]
+    kernels = {launch["kernel"].partition(":")[2] for launch in launches}
+    assert {"_attention_fwd_kernel", "_attention_dkdv_kernel", "_attention_dq_kernel"} <= kernels
+    assert {"_cross_entropy_fwd_kernel", "_cross_entropy_bwd_kernel"} <= kernels
+    dtypes = {launch["args"]["q"]["dtype"] for launch in launches if "_attention_fwd" in launch["kernel"]}
+    assert dtypes == {"bfloat16"}

@@ -137,10 +137,16 @@ def test_capturable_may_be_asked_for_later():
 
 
 def test_another_stream():
+    """A kernel on another stream than the step's would find gradients of NaN."""
     stream = torch.cuda.Stream()
     lists = [parameters() for _ in range(2)]
+    for param in lists[0]:
+        param.grad.fill_(float("nan"))
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        for ours, theirs in zip(*lists, strict=True):
+            ours.grad.copy_(theirs.grad)
         AdamW(lists[0], max_norm=1.0).step()
     stream.synchronize()
     AdamW(lists[1], max_norm=1.0).step()

@@ -207,6 +207,7 @@ def test_norms_walk_over_several_rows(emulated):
     assert NORM_SIZES["ragged loops"][0] > 256 * 32  # the most blocks of the column sums, of 32 rows at first
 
 
+@pytest.mark.slow
 @bindings.needs_compiler
 def test_adamw_takes_several_chunks_and_launches(emulated):
     def steps(variant: str) -> list[int]:

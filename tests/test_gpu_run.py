@@ -381,6 +381,7 @@ def test_gpu(number):
 """
 
 
+@pytest.mark.slow
 def test_a_lost_gpu_costs_its_own_test_and_what_cannot_be_collected_is_told(run, tmp_path):
     pytest.importorskip("xdist")
     (tmp_path / "test_lost.py").write_text(TESTS)

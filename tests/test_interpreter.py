@@ -19,11 +19,11 @@ pytest.importorskip("triton")
 
 if not INSIDE:
 
-    @pytest.mark.parametrize("which", ["cross_entropy", "not cross_entropy"])
+    @pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
     def test_kernels_in_the_interpreter(which):
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore"]
         result = subprocess.run(
-            [*command, "-k", which, __file__],
+            [*command, "-m", which, __file__],
             env={**os.environ, "TRITON_INTERPRET": "1", "FASTLLM_BACKEND": "triton", "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
@@ -118,11 +118,17 @@ else:
         test_dropout_add_rms_norm.TestDropoutAddRMSNorm(),
     ]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("suite", DROPOUT_NORMS, ids=lambda suite: suite.name)
-    def test_norms_behind_dropout(suite):
+    def test_norms_behind_dropout_in_every_dtype(suite):
         for dtype, parameters in itertools.product(DTYPES, (*DTYPES, None)):
             for shape in ((2, 3, 33), (5, 128), (3, 129), (2, 1000), (9, 1)):
                 suite.check(suite.args(shape, dtype, parameters))
+
+    @pytest.mark.parametrize("suite", DROPOUT_NORMS, ids=lambda suite: suite.name)
+    def test_norms_behind_dropout(suite):
+        for dtype, parameters in zip(DTYPES, (torch.float16, None), strict=True):
+            suite.check(suite.args((3, 129), dtype, parameters))
         for layout in LAYOUTS:
             suite.check(suite.args((3, 5, 64), layout=layout), grad_layout="contiguous")
             suite.check(suite.args((3, 5, 64)), grad_layout=layout)
@@ -140,14 +146,14 @@ else:
         with pytest.raises(fastllm.BackendUnavailable, match="rows of up to 8,192 elements, got 8,193"):
             suite.op(*suite.args((2, 8193)))
 
+    @pytest.mark.parametrize("bshd", [False, pytest.param(True, marks=pytest.mark.slow)])
     @pytest.mark.parametrize("interleaved", [False, True])
-    def test_rotary_everywhere(interleaved):
-        for bshd in (False, True):
-            for dtype in DTYPES:
-                for size, half in ((2, 1), (32, 16), (72, 36), (80, 10), (33, 16)):
-                    test_rotary.check((2, 5, 3, size), 3, half, dtype, bshd, interleaved=interleaved)
-            for layout in ("transposed", "strided", "expanded"):
-                test_rotary.check(layout=layout, bshd=bshd, interleaved=interleaved)
+    def test_rotary_everywhere(interleaved, bshd):
+        for dtype in DTYPES:
+            for size, half in ((2, 1), (32, 16), (72, 36), (80, 10), (33, 16)):
+                test_rotary.check((2, 5, 3, size), 3, half, dtype, bshd, interleaved=interleaved)
+        for layout in ("transposed", "strided", "expanded"):
+            test_rotary.check(layout=layout, bshd=bshd, interleaved=interleaved)
         test_rotary.test_positions(interleaved)
         test_rotary.test_every_element_is_written()
 

@@ -44,7 +44,7 @@ project's own, installs both into every environment, runs what users do, and wri
 AFTER = """`import` finds every op in the CPU library, and in a CUDA build of torch every op in the CUDA library, too;
 no CUDA kernel is launched. `ops`: every op, forward and backward in three dtypes, beside its reference. `compile`:
 every op with `fullgraph=True`, and a GPT by Inductor. `patch`: a Llama and a GPT-2 of transformers. `train`: the
-command line's train, generate and eval. `triton`: attention's kernels, compiled for sm_90."""
+command line's train, generate and eval. `kernels`: attention's, by Triton for sm_90."""
 
 
 class Absent(Exception):
@@ -202,7 +202,7 @@ def check_train() -> None:
             assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
 
 
-def check_triton() -> None:
+def check_kernels() -> None:
     """What the attention launchers start on sm_90, compiled by this Triton."""
     try:
         import triton  # noqa: F401

@@ -47,10 +47,12 @@ $(VENV)/.torch:
 	fi
 	@touch $@
 
+# CUDA kernels for the GPUs of this machine; where it has none, for one chip, to be looked at. `make wheel` builds for all.
 $(READY): $(VENV)/.torch $(COMPILED)
 	$(PY) -m pip install --quiet "setuptools>=77" wheel ninja "pybind11>=2.13" numpy
 	@echo "Installing what tests and training need, and building the kernels: a minute or three."
-	$(PY) -m pip install --quiet --no-build-isolation --editable ".[dev]"
+	FASTLLM_CUDA_ARCHS=$${FASTLLM_CUDA_ARCHS:-$$($(PY) -c 'import torch; print("native" if torch.cuda.is_available() else 90)')} \
+	  $(PY) -m pip install --quiet --no-build-isolation --editable ".[dev]"
 	@touch $@
 
 setup: $(READY)

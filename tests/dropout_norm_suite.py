@@ -98,7 +98,7 @@ class DropoutNormSuite(NormSuite):
 
     # torch.manual_seed cannot be compiled: the masks of compiled calls are not known, but the rest is.
 
-    @pytest.mark.parametrize("backend", [None, "reference"])
+    @pytest.mark.parametrize("backend", [None, pytest.param("reference", marks=pytest.mark.slow)])
     def test_fullgraph_compile(self, backend):
         function = getattr(ops, self.name)
         torch.compiler.reset()

@@ -67,6 +67,7 @@ if INSIDE:
     def test_features_in_pairs(pair):
         check(pair, shape=(1, 2 if "gqa" in pair else 1, 37, 41))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("case", shared_out([
         {"shape": (1, 1, 70, 33), "names": ("causal", "bottom_right")},  # rows without keys
         {"shape": (1, 1, 33, 70), "names": ("causal", "bottom_right")},

@@ -85,6 +85,7 @@ def test_load_without_the_random_state_would_be_noticed(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_then_resumed(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("".join(f"{n} squared is {n * n}, and {n} cubed is {n**3}.\n" for n in range(400)))

@@ -19,11 +19,8 @@ NEEDS = {
 }
 
 
-@pytest.mark.parametrize(
-    "path",
-    [pytest.param(path, marks=() if path.stem == "plain_loop" else pytest.mark.slow) for path in EXAMPLES],
-    ids=lambda path: path.stem,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_runs(path):
     pytest.importorskip("transformers")
     pytest.importorskip(NEEDS.get(path.stem, "torch"))

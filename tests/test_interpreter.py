@@ -125,7 +125,11 @@ else:
             for shape in ((2, 3, 33), (5, 128), (3, 129), (2, 1000), (9, 1)):
                 suite.check(suite.args(shape, dtype, parameters))
 
-    @pytest.mark.parametrize("suite", DROPOUT_NORMS, ids=lambda suite: suite.name)
+    @pytest.mark.parametrize(
+        "suite",
+        [pytest.param(DROPOUT_NORMS[0], marks=pytest.mark.slow), DROPOUT_NORMS[1]],
+        ids=lambda suite: suite.name,
+    )
     def test_norms_behind_dropout(suite):
         for dtype, parameters in zip(DTYPES, (torch.float16, None), strict=True):
             suite.check(suite.args((3, 129), dtype, parameters))
@@ -147,7 +151,7 @@ else:
             suite.op(*suite.args((2, 8193)))
 
     @pytest.mark.parametrize("bshd", [False, pytest.param(True, marks=pytest.mark.slow)])
-    @pytest.mark.parametrize("interleaved", [False, True])
+    @pytest.mark.parametrize("interleaved", [False, pytest.param(True, marks=pytest.mark.slow)])
     def test_rotary_everywhere(interleaved, bshd):
         for dtype in DTYPES:
             for size, half in ((2, 1), (32, 16), (72, 36), (80, 10), (33, 16)):

@@ -71,9 +71,16 @@ def rotary() -> None:
 SPILLS = {(target, "_dropout_norm_bwd_kernel", "8192 w16 s1"): 8 for target in ("sm_90", "sm_100", "sm_120")}
 
 
-@pytest.mark.parametrize("launcher", [cross_entropy, dropout_norms, gated_activations, rotary])
+QUICK = ("sm_90", gated_activations)
+
+
 @pytest.mark.parametrize(
-    "target", [pytest.param(name, marks=() if name == "sm_90" else pytest.mark.slow) for name in TARGETS]
+    ("target", "launcher"),
+    [
+        pytest.param(target, launcher, marks=() if (target, launcher) == QUICK else pytest.mark.slow)
+        for target in TARGETS
+        for launcher in (cross_entropy, dropout_norms, gated_activations, rotary)
+    ],
 )
 def test_resources(launcher, target, capsys):
     seen = set()

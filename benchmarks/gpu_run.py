@@ -87,8 +87,9 @@ class Run:
     def environment(self, **more: str) -> dict[str, str]:
         """The user's, with this project in front of his PYTHONPATH."""
         paths = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        given = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST_")}
         # Threads that spin while they wait would take the other workers' cores.
-        return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_WAIT_POLICY": "passive", **more}
+        return {**given, "PYTHONPATH": os.pathsep.join(paths), "OMP_WAIT_POLICY": "passive", **more}
 
     def worker(self, script: str = "benchmarks/gpu_run.py", **environment: str) -> Callable[[], Worker]:
         command = [sys.executable, str(ROOT / script), "serve"]

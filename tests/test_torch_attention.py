@@ -49,7 +49,7 @@ def grads(out, inputs):
     return torch.autograd.grad(out.sin().sum(), inputs)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="torch has entries of its own there")
+@pytest.mark.skipif(torch.version.cuda is not None, reason="a torch with CUDA has entries of its own")
 def test_the_switch(registered):
     assert "fastllm" in switch.list_flash_attention_impls()
     assert switch.current_flash_attention_impl() is None

@@ -46,8 +46,8 @@ no CUDA kernel is launched. `ops`: every op, forward and backward in three dtype
 every op with `fullgraph=True`, and a GPT by Inductor. `patch`: a Llama and a GPT-2 of transformers. `train`: the
 command line's train, generate and eval. `kernels`: attention's, by Triton for sm_90.
 
-Known: with torch 2.15, `torch.compile(fullgraph=True)` refuses calls of some ops under `use_backend` ("generator already
-executing"); without it, and with every torch before, they compile."""
+Known: with torch 2.15, `torch.compile(fullgraph=True)` refuses calls of some ops under `use_backend` ("generator
+already executing"); without it they compile, and with torch 2.13 under it, too."""
 
 
 class Absent(Exception):

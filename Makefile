@@ -19,7 +19,7 @@ COMPILED := setup.py pyproject.toml $(shell find csrc -type f)
 help:
 	@echo "make demo    train a small GPT on English prose and compare its step with PyTorch's (a few minutes)"
 	@echo "make setup   what the others do first: .venv, with everything built and installed"
-	@echo "make test    the test suite, in under ten minutes on two cores"
+	@echo "make test    the test suite, about ten minutes on two cores"
 	@echo "make test-all that, and the tests that take long (test-slow)"
 	@echo "make lint    ruff, clang-format, mypy"
 	@echo "make format  rewrite the sources as lint wants them"
@@ -60,7 +60,7 @@ setup: $(READY)
 demo: $(READY)
 	$(PY) -m fastllm demo
 
-# In as many processes as there are cores, up to eight: each takes a gigabyte and a half of memory.
+# In as many processes as there are cores, up to eight: each takes up to three gigabytes of memory.
 PYTEST = $(PY) -m pytest -n $(or $(JOBS),$(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))) --dist worksteal
 
 test: $(READY)

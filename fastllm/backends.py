@@ -47,7 +47,9 @@ class Backend:
     Attributes:
         name: one of `NAMES`.
         supports: takes the op's arguments; returns None, or the reason why they cannot be computed. Plain Python over
-            tensor metadata only, because Dynamo traces it when a backend is forced.
+            tensor metadata only, because Dynamo traces it, and `run`, when a backend is forced. Strides are read in
+            lists, not in generators: where Dynamo does not know a gradient's it traces anew, and that of torch 2.15
+            then meets a generator that is still open ("generator already executing").
         run: takes the op's arguments. For a C++ kernel, `Op` puts the call through the dispatcher here.
         key: the dispatch key of a C++ kernel ("CPU", "CUDA"), else None.
     """
@@ -221,9 +223,9 @@ class Op:
             yield backend, backend.supports(*args)
 
     def _run_forced(self, *args):
-        for backend, reason in self.candidates(*args):
+        for backend in self.backends:
             if backend.name == _forced:
-                if reason is not None:
+                if (reason := backend.supports(*args)) is not None:
                     raise BackendUnavailable(f"fastllm.{self.name}: backend {_forced!r} cannot run: {reason}")
                 return backend.run(*args)
         names = ", ".join(backend.name for backend in self.backends)

@@ -44,10 +44,7 @@ project's own, installs both into every environment, runs what users do, and wri
 AFTER = """`import` finds every op in the CPU library, and in a CUDA build of torch every op in the CUDA library, too;
 no CUDA kernel is launched. `ops`: every op, forward and backward in three dtypes, beside its reference. `compile`:
 every op with `fullgraph=True`, and a GPT by Inductor. `patch`: a Llama and a GPT-2 of transformers. `train`: the
-command line's train, generate and eval. `kernels`: attention's, by Triton for sm_90.
-
-Known: with torch 2.15, `torch.compile(fullgraph=True)` refuses calls of some ops under `use_backend` ("generator
-already executing"); without it they compile, and with torch 2.13 under it, too."""
+command line's train, generate and eval. `kernels`: attention's, by Triton for sm_90."""
 
 
 class Absent(Exception):

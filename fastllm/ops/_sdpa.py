@@ -118,7 +118,7 @@ def forward(
 ) -> Tensor:
     """Fills lse; returns out (B, H, Sq, DV), with the strides that the kernel chose."""
     size = max(query.shape[3], value.shape[3])
-    q, k, v = (_padded(x, size) for x in (query, key, value))
+    q, k, v = [_padded(x, size) for x in (query, key, value)]
     rows = query.shape[2]
     covered = 0
     out: Tensor | None = None
@@ -159,7 +159,7 @@ def backward(
     bottom_right: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     size = max(query.shape[3], value.shape[3])
-    q, k, v, padded_out, padded_dout = (_padded(x, size) for x in (query, key, value, out, dout))
+    q, k, v, padded_out, padded_dout = [_padded(x, size) for x in (query, key, value, out, dout)]
     lse = lse.masked_fill(lse == -torch.inf, 0.0)
     grads: list[Tensor] = []
     for part, at, keys, causal, bias in _plan(query, key, mask, left, right, bottom_right):

@@ -26,7 +26,7 @@ def _in_place_supports(q, k, *rest) -> str | None:
 
 
 def _fake(q, k, *rest):
-    return tuple(_attention.empty_out(x, x.shape[3]) for x in (q, k))
+    return tuple([_attention.empty_out(x, x.shape[3]) for x in (q, k)])
 
 
 def _fwd_reference(*args):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -13,6 +14,10 @@ if TYPE_CHECKING:
 NO_GPU = "torch sees no GPU"
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 SANITIZED = ("adamw", "layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm")
+
+
+def find_sanitizer() -> str | None:
+    return shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
 
 
 @dataclass

@@ -29,6 +29,8 @@ DAMAGED = (
     "Triton Error [CUDA]", "CUDA driver error", "CUDNN_STATUS", "CUBLAS_STATUS",
 )  # fmt: skip
 """What an error says that leaves its process without a usable GPU."""
+RESULTS = "FASTLLM_GPU_RUN_RESULTS"
+"""The environment variable that names the results to processes that append to them themselves."""
 SHORT = 300  # characters of an error in the results
 PATIENCE = 5.0  # seconds that a killed process gets to end: one that hangs in the driver never does
 

@@ -8,21 +8,18 @@ DIR/results.jsonl at once, so that whatever ends the run loses nothing; DIR/summ
 DIR/<gpu>.json has the headline numbers as `fastllm bench --json` writes them. A DIR with results is refused.
 A `fastllm/_C_cuda.so` that was built elsewhere (FASTLLM_CUDA_ARCHS=90) is used if it was built from these sources.
 
-A stage is a list of jobs for workers (`_workers.py`), each of which may crash or hang without taking anything with it;
-`_build.py` compiles what is missing meanwhile, and `_plan.py` writes the last page.
+A stage is a list of jobs (`_jobs.py`) for workers (`_workers.py`), each of which may crash or hang without taking
+anything with it; `_build.py` compiles what is missing meanwhile, and `_plan.py` writes the last page.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import importlib.metadata
 import importlib.util
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -41,16 +38,15 @@ if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # instead of benchmarks/, whose modules have common names
 
 from _build import Build, library_state  # noqa: E402
-from _plan import NO_GPU, SANITIZED, TOOLS, Outcome, summary  # noqa: E402
-from _workers import SHORT, Job, Worker, append, damaged, end_group, run_jobs, serve, shorten  # noqa: E402
+from _plan import NO_GPU, SANITIZED, TOOLS, Outcome, find_sanitizer, summary  # noqa: E402
+from _workers import RESULTS, Job, Worker, append, end_group, run_jobs, shorten  # noqa: E402
 
+JOBS, EVERY_OP = "benchmarks/_jobs.py", "tests/every_op.py"  # what workers run
 CHIP = ("cuda", 90)  # what a rehearsal compiles for
 SHARES = {
     "facts": 0.25, "smoke": 0.6, "headline": 0.97, "tuning": 0.5, "tests": 0.6, "sanitize": 0.7, "autotuned": 1.0
 }  # fmt: skip
 """The stages in order, and how much of the time that is left each may take. One that ends early leaves the rest."""
-RESULTS = "FASTLLM_GPU_RUN_RESULTS"
-"""The environment variable that names the results to processes that append to them themselves."""
 COMPILING = 0.4
 """How much of a stage's time may go to compiling ahead."""
 
@@ -91,11 +87,11 @@ class Run:
         # Threads that spin while they wait would take the other workers' cores.
         return {**given, "PYTHONPATH": os.pathsep.join(paths), "OMP_WAIT_POLICY": "passive", **more}
 
-    def worker(self, script: str = "benchmarks/gpu_run.py", **environment: str) -> Callable[[], Worker]:
+    def worker(self, script: str = JOBS, **environment: str) -> Callable[[], Worker]:
         command = [sys.executable, str(ROOT / script), "serve"]
         return lambda: Worker(command, self.environment(**environment), self.log)
 
-    def ask(self, job: Job, seconds: float, script: str = "benchmarks/gpu_run.py") -> dict[str, Any]:
+    def ask(self, job: Job, seconds: float, script: str = JOBS) -> dict[str, Any]:
         """One answer of a fresh worker."""
         answers: list[dict[str, Any]] = []
         run_jobs([job], self.worker(script), 1, time.monotonic() + seconds, lambda _, answer: answers.append(answer),
@@ -218,8 +214,6 @@ def start_build(run: Run) -> None:
 
 # Stages: (run, outcome, deadline)
 
-EVERY_OP = "tests/every_op.py"
-SECONDS = {"cuda": 0.5, "cpu": 0.1}  # of timing a headline case
 TUNED = [
     {"size": size, "causal": causal, "dtype": "bfloat16", "batch": 2, "heads": 16, "kv_heads": 4, "rows": 4096}
     for size, causal in ((128, True), (64, True), (128, False), (256, True))
@@ -295,7 +289,7 @@ def measure_cases(run: Run, outcome: Outcome, stage: str, jobs: Sequence[Job], d
 
 def headline(run: Run, outcome: Outcome, deadline: float) -> None:
     cases = [{"index": index, "case": name} for index, name in enumerate(run.cases)]
-    run.precompile(outcome, "headline", cases, "benchmarks/gpu_run.py", deadline)
+    run.precompile(outcome, "headline", cases, JOBS, deadline)
     if not run.need_library(outcome, deadline):
         return
     jobs = [{"do": "measure", "device": run.device, **case} for case in cases]
@@ -328,7 +322,7 @@ def autotuned(run: Run, outcome: Outcome, deadline: float) -> None:
 
 
 def tuning(run: Run, outcome: Outcome, deadline: float) -> None:
-    run.precompile(outcome, "tuning", [{"tune": shape} for shape in TUNED], "benchmarks/gpu_run.py", deadline)
+    run.precompile(outcome, "tuning", [{"tune": shape} for shape in TUNED], JOBS, deadline)
     if run.rehearse:
         outcome.note = "compiled only"
         return
@@ -345,8 +339,8 @@ def tests(run: Run, outcome: Outcome, deadline: float) -> None:
         return
     if not run.need_library(outcome, deadline):
         return
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "fastllm.benchmarks.gpu_run"]
-    command += ["--continue-on-collection-errors"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command += ["-p", "fastllm.benchmarks._pytest_plugin", "--continue-on-collection-errors"]
     workers = 1
     if run.rehearse:
         command += ["tests/test_gpu.py", "-k", "cpu and float32 and small"]
@@ -397,47 +391,6 @@ def _line(text: str) -> dict[str, Any] | None:
         return None
 
 
-# This module as a pytest plugin
-
-
-def pytest_runtest_logreport(report: Any) -> None:
-    """Keeps a line for each test as it ends; a worker of pytest-xdist whose GPU is lost is noted."""
-    if report.when == "call" or report.outcome != "passed":
-        _keep_report(report)
-    if "PYTEST_XDIST_WORKER" in os.environ and report.failed and damaged(_error_of(report)):
-        _lost.append(report.nodeid)
-
-
-def pytest_runtest_logfinish(nodeid: str) -> None:
-    """Ends a worker of pytest-xdist whose GPU is lost: the controller has the report by now, and starts another."""
-    if nodeid in _lost:
-        os._exit(1)
-
-
-def pytest_collectreport(report: Any) -> None:
-    """Keeps a line for each file that cannot be collected."""
-    if report.failed:
-        _keep_report(report)
-
-
-_lost: list[str] = []
-"""The tests after which this worker has no usable GPU."""
-
-
-def _error_of(report: Any) -> str:
-    crash = getattr(report.longrepr, "reprcrash", None)
-    return crash.message if crash is not None else str(report.longrepr).strip().rpartition("\n")[2]
-
-
-def _keep_report(report: Any) -> None:
-    path = os.environ.get(RESULTS)
-    if path is None or "PYTEST_XDIST_WORKER" in os.environ:  # the controller hears of it
-        return
-    seconds = round(getattr(report, "duration", 0.0), 2)
-    line = {"stage": "tests", "test": report.nodeid, "outcome": report.outcome, "seconds": seconds}
-    append(Path(path), line | ({"error": shorten(_error_of(report))} if report.failed else {}))
-
-
 def sanitize(run: Run, outcome: Outcome, deadline: float) -> None:
     tools: Sequence[str] = TOOLS
     if run.rehearse:
@@ -453,10 +406,6 @@ def sanitize(run: Run, outcome: Outcome, deadline: float) -> None:
     run.jobs(outcome, "sanitize", jobs, start, max(1, run.cores // 4), deadline, 600)
 
 
-def find_sanitizer() -> str | None:
-    return shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
-
-
 STAGES: dict[str, Callable[[Run, Outcome, float], None]] = {
     "facts": facts,
     "smoke": smoke,
@@ -466,235 +415,6 @@ STAGES: dict[str, Callable[[Run, Outcome, float], None]] = {
     "sanitize": sanitize,
     "autotuned": autotuned,
 }
-
-
-# What workers do: everything below that imports torch
-
-
-def handle(job: Job) -> dict[str, Any]:
-    return {
-        "facts": find_facts,
-        "list": list_cases,
-        "compiled": list_compiled,
-        "record": record,
-        "compile": record,
-        "measure": measure,
-        "tune": tune,
-        "ceilings": measure_ceilings,
-        "table": table,
-        "sanitize": run_sanitizer,
-    }[job["do"]](job)
-
-
-def find_facts(job: Job) -> dict[str, Any]:
-    import torch
-
-    from fastllm.benchmarks import harness, suite
-    from fastllm.kernels import _utils
-
-    if job["device"] == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError(NO_GPU)
-    found: dict[str, Any] = {"format": harness.FORMAT, **harness.environment(job["device"]), **_loaded()}
-    found["file"] = suite.json_path(".", found["machine"]["name"]).name
-    found["versions"]["numpy"] = _version("numpy")
-    found["versions"]["nvcc"] = next((line for line in _output("nvcc", "--version") if "release" in line), None)
-    if job["device"] == "cuda":
-        found["chip"] = _utils.chip(torch.device("cuda"))
-        query = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu,memory.total"
-        found["nvidia_smi"] = _output("nvidia-smi", f"--query-gpu={query}", "--format=csv")
-    return {"facts": found}
-
-
-def measure_ceilings(job: Job) -> dict[str, Any]:
-    """The ceilings; their mean with those from before the cases, where these are given."""
-    from fastllm.benchmarks import harness
-
-    found = harness.measure_ceilings(job["device"])
-    return {"measured": found, "ceilings": harness.mean_ceilings(job["before"], found) if job.get("before") else found}
-
-
-def _loaded() -> dict[str, Any]:
-    """Which compiled kernels are loaded, and whether AdamW's fast path has its table of addresses."""
-    from fastllm import _ext, backends
-
-    return {"loaded": dict(_ext.STATUS), "layout": backends.layout is not None}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _output(*command: str) -> list[str]:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.splitlines()
-    except (OSError, subprocess.SubprocessError):
-        return []
-
-
-def _cases(device: str) -> list:
-    from fastllm.benchmarks import headline
-
-    return headline.cases(device, small=device == "cpu")
-
-
-def _name(case: Any) -> str:
-    return f"{case.op} {case.name}"
-
-
-def list_cases(job: Job) -> dict[str, Any]:
-    return {"cases": [_name(case) for case in _cases(job["device"])]}
-
-
-def list_compiled(job: Job) -> dict[str, Any]:
-    """The headline cases in which a rival is compiled, and those in which one compiles for minutes."""
-    from fastllm.benchmarks import _attention
-
-    cases = _cases("cuda")
-    compiled = [_name(case) for case in cases if case.compiled or _attention.FLEX in case.rivals]
-    return {"compiled": compiled, "slow": [_name(case) for case in cases if case.slow]}
-
-
-def record(job: Job) -> dict[str, Any]:
-    """Takes down what a headline case, or the tuning of an attention call, would launch; or compiles one of those."""
-    from fastllm import precompile
-
-    def run() -> None:
-        if "tune" in job:
-            _attention(job["tune"], _try_all)
-        else:
-            _launches_of(_cases("cuda")[job["index"]])
-
-    return precompile.handle(job, run)
-
-
-def _launches_of(case: Any) -> None:
-    """Runs a case's op, or those of its model, forward and backward, on the Triton kernels that it has."""
-    from fastllm import ops
-    from fastllm.benchmarks import _training_step
-
-    if case.op == "training_step":
-        for name, (args, kwargs) in _training_step.calls(*case.setup.args[:2]).items():
-            _run_on_triton(getattr(ops, name), args, kwargs)
-    if case.setup is not None:
-        return
-    for draw in filter(None, (case.args, case.check)):
-        _run_on_triton(case.call or getattr(ops, case.op), draw(), case.kwargs, not case.inference)
-
-
-def _run_on_triton(call: Callable, args: Sequence[Any], kwargs: dict[str, Any], backward: bool = True) -> None:
-    import torch
-
-    import fastllm
-    from fastllm.backends import BackendUnavailable
-    from fastllm.testing import outputs_of
-
-    args = [x.detach() if isinstance(x, torch.Tensor) else x for x in args]
-    leaves = [x for x in args if isinstance(x, torch.Tensor) and x.is_floating_point()]
-    for leaf in leaves:
-        leaf.requires_grad_(backward)
-    with fastllm.use_backend("triton"), contextlib.suppress(BackendUnavailable):
-        outputs = outputs_of(call(*args, **kwargs))
-        if backward:
-            torch.autograd.grad(outputs, leaves, [torch.ones_like(out) for out in outputs], allow_unused=True)
-
-
-def measure(job: Job) -> dict[str, Any]:
-    """A headline case, or, where the first pass has its result, what the second pass adds."""
-    from fastllm.benchmarks import harness, headline
-
-    case = _cases(job["device"])[job["index"]]
-    if "first" in job:
-        case = headline.second_pass(case, job["first"])
-    if case is None:
-        return {"result": None}
-    with harness.quiet_machine(None):
-        return {"result": harness.measure(case, job["device"], SECONDS[job["device"]]), **_loaded()}
-
-
-def _attention(shape: dict[str, Any], choose: Callable) -> None:
-    """Forward and backward of an attention call, its tiles chosen by `choose` in place of `kernels._utils.choose`."""
-    from unittest import mock
-
-    import torch
-
-    import fastllm
-    from fastllm import ops
-    from fastllm.kernels import _utils
-    from fastllm.testing import make
-
-    sizes = (shape["batch"], shape["rows"], shape["size"])
-    heads = (shape["heads"], shape["kv_heads"], shape["kv_heads"])
-    q, k, v = (
-        make((sizes[0], sizes[1], h, sizes[2]), getattr(torch, shape["dtype"]), "cuda", seed=seed)
-        .transpose(1, 2)
-        .requires_grad_()
-        for seed, h in enumerate(heads)
-    )
-
-    with fastllm.use_backend("triton"), mock.patch.object(_utils, "choose", choose):
-        out = ops.attention(q, k, v, is_causal=shape["causal"], enable_gqa=True)
-        torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
-
-
-def _try_all(key: tuple, default: Any, candidates: Iterable, run: Callable) -> Any:
-    for config in candidates:
-        run(config)
-    return default
-
-
-def tune(job: Job) -> dict[str, Any]:
-    """Times every candidate of the call's three kernels, as FASTLLM_AUTOTUNE=1 does, which it is run with. Each is
-    appended to the results at once: the call's time may end before its last candidate."""
-    from unittest import mock
-
-    from fastllm.kernels import _utils
-
-    choose, milliseconds, found = _utils.choose, _utils._milliseconds, {}
-    results = Path(os.environ[RESULTS])
-
-    def listening(key: tuple, default: Any, candidates: Iterable, run: Callable) -> Any:
-        times: dict[str, float | str] = {}
-
-        def timed(run: Callable, config: Any) -> float:
-            try:
-                times[str(config)] = round(milliseconds(run, config), 4)
-            except Exception as error:  # one that cannot be compiled is none
-                times[str(config)] = shorten(f"{type(error).__name__}: {error}")
-                return float("inf")
-            append(
-                results,
-                {"stage": "tuning", "kernel": key[0], "config": str(config), "milliseconds": times[str(config)]},
-            )
-            return float(times[str(config)])
-
-        with mock.patch.object(_utils, "_milliseconds", timed):
-            winner = choose(key, default, candidates, run)
-        kernel = key[0] if key[0] not in found else f"{key[0]}, second pass"  # dk and dv apart
-        found[kernel] = {"default": str(default), "winner": str(winner), "milliseconds": times}
-        return winner
-
-    _attention(job["tune"], listening)
-    return {"kernels": found}
-
-
-def table(job: Job) -> dict[str, Any]:
-    from fastllm.benchmarks import suite
-
-    return {"text": suite.table(job["data"])}
-
-
-def run_sanitizer(job: Job) -> dict[str, Any]:
-    command = [sys.executable, EVERY_OP, job["device"], job["op"]]
-    if job["tool"]:
-        command = [find_sanitizer() or "", "--tool", job["tool"], "--error-exitcode", "1", *command]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-    print(done.stdout, file=sys.stderr, flush=True)
-    if done.returncode:
-        raise RuntimeError(done.stdout.strip()[-SHORT:])
-    return {"said": shorten(done.stdout.strip()[-SHORT:])}
 
 
 def choose_stages(given: str) -> list[str]:
@@ -718,10 +438,6 @@ def choose_stages(given: str) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the stages; returns 0, 1 if something failed, or 2 for arguments that make no sense."""
-    argv = sys.argv[1:] if argv is None else argv
-    if list(argv) == ["serve"]:
-        serve(handle)
-        return 0
     parser = argparse.ArgumentParser(prog="gpu_run.py", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", required=True, metavar="DIR", type=Path, help="where results go")
     parser.add_argument("--minutes", type=float, help="for everything (default: 5; a rehearsal: 60)")

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fastllm.benchmarks import gpu_run, headline, report
+from fastllm.benchmarks import _jobs, _pytest_plugin, gpu_run, headline, report
 
 _build, _workers = sys.modules["_build"], sys.modules["_workers"]  # as the script imports them
 
@@ -86,7 +86,7 @@ def test_a_crash_costs_its_own_job(run, start):
     assert "SIGSEGV" in found[1]["error"]
     assert "illegal memory access" in found[3]["error"]
     assert found[4]["error"].startswith("ValueError: wrong wrong")
-    assert len(found[4]["error"]) <= gpu_run.SHORT
+    assert len(found[4]["error"]) <= _workers.SHORT
     assert len({line["pid"] for line in found if line["ok"]}) == 3, "after a crash and a CUDA error, a fresh process"
     assert (outcome.jobs, outcome.answered, len(outcome.failed), outcome.note) == (6, 6, 3, "")
     assert "what a job prints" in run.log.read_text()
@@ -289,7 +289,7 @@ def test_every_test_leaves_a_line_as_it_ends(run, monkeypatch):
     for when, outcome in (("setup", "passed"), ("call", "passed"), ("call", "failed"), ("setup", "skipped")):
         report = SimpleNamespace(when=when, outcome=outcome, failed=outcome == "failed", longrepr=crash)
         report.nodeid, report.duration = "test_x", 0.1
-        gpu_run.pytest_runtest_logreport(report)
+        _pytest_plugin.pytest_runtest_logreport(report)
     assert [(line["outcome"], line.get("error")) for line in lines(run)] == [
         ("passed", None),
         ("failed", "assert 1 == 2"),
@@ -386,8 +386,8 @@ def test_a_lost_gpu_costs_its_own_test_and_what_cannot_be_collected_is_told(run,
     pytest.importorskip("xdist")
     (tmp_path / "test_lost.py").write_text(TESTS)
     (tmp_path / "test_broken.py").write_text("import no_such_module")
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "1", "-p", "fastllm.benchmarks.gpu_run", "-c", os.devnull]
-    command += ["--rootdir", str(tmp_path), "--continue-on-collection-errors", str(tmp_path)]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "1", "-p", "fastllm.benchmarks._pytest_plugin"]
+    command += ["-c", os.devnull, "--rootdir", str(tmp_path), "--continue-on-collection-errors", str(tmp_path)]
     environment = run.environment(**{gpu_run.RESULTS: str(run.results)})
     subprocess.run(command, env=environment, check=False, capture_output=True, cwd=tmp_path)
     found = [(line["test"].partition(".py")[0], line["outcome"], line.get("error", "")) for line in lines(run)]
@@ -402,7 +402,7 @@ def test_the_kernels_of_the_training_step_are_compiled_ahead():
     pytest.importorskip("triton")
     cases = headline.cases("cuda")
     index = next(i for i, case in enumerate(cases) if case.op == "training_step")
-    texts = gpu_run.record({"do": "record", "index": index, "chip": ("cuda", 90)})["launches"]
+    texts = _jobs.record({"do": "record", "index": index, "chip": ("cuda", 90)})["launches"]
     launches = [json.loads(text) for text in texts]
     kernels = {launch["kernel"].partition(":")[2] for launch in launches}
     assert {"_attention_fwd_kernel", "_attention_dkdv_kernel", "_attention_dq_kernel"} <= kernels

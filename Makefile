@@ -10,6 +10,8 @@ PYTHON ?= python3
 OUT ?= runs/gpu
 VENV := .venv
 PY := $(VENV)/bin/python
+# Without compiling what it installs, half of its time: Python compiles what it imports, when it does.
+INSTALL := $(PY) -m pip install --quiet --no-compile
 READY := $(VENV)/.ready
 COMPILED := setup.py pyproject.toml $(shell find csrc -type f)
 
@@ -42,17 +44,17 @@ $(VENV)/.torch:
 	    > "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/outer.pth"; \
 	else \
 	  echo "Installing $(or $(TORCH),torch==2.13.0)."; \
-	  $(PY) -m pip install --quiet --upgrade pip; \
-	  $(PY) -m pip install --quiet $(or $(TORCH),torch==2.13.0); \
+	  $(INSTALL) --upgrade pip; \
+	  $(INSTALL) $(or $(TORCH),torch==2.13.0); \
 	fi
 	@touch $@
 
 # CUDA kernels for the GPUs of this machine; where it has none, for one chip, to be looked at. `make wheel` builds for all.
 $(READY): $(VENV)/.torch $(COMPILED)
-	$(PY) -m pip install --quiet "setuptools>=77" wheel ninja "pybind11>=2.13" numpy
+	$(INSTALL) "setuptools>=77" wheel ninja "pybind11>=2.13" numpy
 	@echo "Installing what tests and training need, and building the kernels: a minute or three."
 	FASTLLM_CUDA_ARCHS=$${FASTLLM_CUDA_ARCHS:-$$($(PY) -c 'import torch; print("native" if torch.cuda.is_available() else 90)')} \
-	  $(PY) -m pip install --quiet --no-build-isolation --editable ".[dev]"
+	  $(INSTALL) --no-build-isolation --editable ".[dev]"
 	@touch $@
 
 setup: $(READY)

@@ -120,10 +120,11 @@ def hooked(module: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def quiet(module: nn.Module) -> Iterator[None]:
-    """Leaves no trace of probes: neither in the random state nor in the modules' modes."""
+    """Leaves no trace of probes, neither in the random state nor in the modules' modes, and compiles nothing for them,
+    where the module or what it calls is compiled."""
     modes = [(m, m.training) for m in module.modules()]
     devices = [p.device for p in module.parameters() if p.device.type == "cuda"][:1]
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), torch.compiler.set_stance("force_eager"):
         try:
             yield
         finally:

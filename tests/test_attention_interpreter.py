@@ -50,15 +50,16 @@ if INSIDE:
     from fastllm import ops
     from fastllm.testing import poisoned_allocations
 
+    DTYPES = [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)]
     SIZES = [(1, 16), (2, 40), (63, 64), (65, 80), (127, 128), (130, 40), (130, 64), (65, 128)]
 
-    @pytest.mark.parametrize("dtype", shared_out([torch.float32, torch.float16]), ids=str)
-    @pytest.mark.parametrize(("rows", "size"), SIZES)
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize(("rows", "size"), shared_out(SIZES))
     def test_sizes(rows, size, dtype):
         check(("causal",), shape=(1, 2 if rows < 100 else 1, rows, rows), size=size, dtype=dtype)
 
     @pytest.mark.parametrize("feature", shared_out(list(FEATURES)))
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_features_alone(feature, dtype):
         check((feature,), shape=(2, 2, 33, 18) if dtype == torch.float16 else (1, 2, 37, 53), dtype=dtype)
 
@@ -94,8 +95,10 @@ if INSIDE:
         check(case.pop("names", ()), **case)
 
     @pytest.mark.parametrize("names", shared_out([
-        (), ("causal",), ("window",), ("gqa", "causal"), ("softcap", "alibi"), ("sinks", "causal"), ("dropout", "gqa"),
-        ("window", "causal", "softcap", "sinks", "alibi", "dropout", "gqa"),
+        ("gqa", "causal"), ("window",), ("dropout", "gqa"), ("softcap", "alibi"),
+        *(pytest.param(names, marks=pytest.mark.slow) for names in (
+            (), ("causal",), ("sinks", "causal"), ("window", "causal", "softcap", "sinks", "alibi", "dropout", "gqa"),
+        )),
     ]), ids=str)  # fmt: skip
     def test_varlen(names):
         check_varlen((5, 0, 70, 33), (50, 4, 0, 33), names)

@@ -47,14 +47,15 @@ else:
     from fastllm.testing import LAYOUTS, make, poisoned_allocations
 
     DTYPES = [torch.float32, torch.float16]
+    FEW = [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)]
 
     @pytest.mark.parametrize("options", test_cross_entropy.OPTIONS, ids=str)
-    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("dtype", FEW, ids=str)
     def test_cross_entropy_options(options, dtype):
         for reduction in ("mean", "sum", "none"):
             test_cross_entropy.check((7, 133), dtype, reduction=reduction, **options)
 
-    @pytest.mark.parametrize("classes", [1, 2, 127, 1025, 32000, 50257])
+    @pytest.mark.parametrize("classes", [1, 2, 127, 1025, 32000, pytest.param(50257, marks=pytest.mark.slow)])
     def test_cross_entropy_class_counts(classes):
         for dtype in (torch.float32, torch.float16):
             test_cross_entropy.check((3, classes), dtype, label_smoothing=0.1)
@@ -100,7 +101,11 @@ else:
             grads.append((loss, *torch.autograd.grad(loss.sum(), x)))
         assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
-    @pytest.mark.parametrize("suite", [test_swiglu.TestSwiGLU(), test_geglu.TestGEGLU()], ids=lambda suite: suite.name)
+    @pytest.mark.parametrize(
+        "suite",
+        [test_swiglu.TestSwiGLU(), pytest.param(test_geglu.TestGEGLU(), marks=pytest.mark.slow)],
+        ids=lambda suite: suite.name,
+    )
     def test_gated_activations(suite):
         for kwargs in suite.variants:
             for dtype in DTYPES:
@@ -152,10 +157,10 @@ else:
 
     @pytest.mark.parametrize("bshd", [False, pytest.param(True, marks=pytest.mark.slow)])
     @pytest.mark.parametrize("interleaved", [False, pytest.param(True, marks=pytest.mark.slow)])
-    def test_rotary_everywhere(interleaved, bshd):
-        for dtype in DTYPES:
-            for size, half in ((2, 1), (32, 16), (72, 36), (80, 10), (33, 16)):
-                test_rotary.check((2, 5, 3, size), 3, half, dtype, bshd, interleaved=interleaved)
+    @pytest.mark.parametrize("dtype", FEW, ids=str)
+    def test_rotary_everywhere(dtype, interleaved, bshd):
+        for size, half in ((2, 1), (32, 16), (72, 36), (80, 10), (33, 16)):
+            test_rotary.check((2, 5, 3, size), 3, half, dtype, bshd, interleaved=interleaved)
         for layout in ("transposed", "strided", "expanded"):
             test_rotary.check(layout=layout, bshd=bshd, interleaved=interleaved)
         test_rotary.test_positions(interleaved)

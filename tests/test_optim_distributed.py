@@ -41,8 +41,10 @@ def run(case: str, folder: Path, world: int = 2) -> None:
     "case",
     [
         "fsdp",
-        "tensor_parallel",
-        *(pytest.param(case, marks=pytest.mark.slow) for case in ("masters", "placed", "stochastic")),
+        *(
+            pytest.param(case, marks=pytest.mark.slow)
+            for case in ("tensor_parallel", "masters", "placed", "stochastic")
+        ),
     ],
 )
 def test_two_ranks(case, tmp_path):

@@ -357,6 +357,7 @@ def test_gradient_checkpointing(model):
     assert_same(run(model, inputs, True), expected)
 
 
+@pytest.mark.parametrize("model", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)], indirect=True)
 def test_compile_breaks_the_graph_nowhere_new(model):
     from torch._dynamo.utils import counters
 
@@ -376,6 +377,7 @@ def test_compile_breaks_the_graph_nowhere_new(model):
     assert abs(after[1] - before[1]) < 1e-4
 
 
+@pytest.mark.parametrize("model", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)], indirect=True)
 def test_patching_a_compiled_model(model):
     """What the patch is proven with compiles nothing."""
     from torch._dynamo.utils import counters

@@ -23,7 +23,7 @@ pytest.importorskip("transformers")
             for name in ("gpt2", "llama", "bert")
             if (kind, name) != ("fsdp-after", "llama")
         ),
-        ("tensor-parallel", "norms"),
+        pytest.param("tensor-parallel", "norms", marks=pytest.mark.slow),
     ],
 )
 def test_two_processes(kind, name, tmp_path):

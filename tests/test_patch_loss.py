@@ -138,6 +138,7 @@ def test_an_exception_in_a_forward_leaves_the_next_one_right(name):
     torch.testing.assert_close(model.train()(**inputs).loss, loss)
 
 
+@pytest.mark.slow
 def test_compile_breaks_the_graph_nowhere_new():
     model, inputs = trained("bert"), batch(tiny_of("bert"))
     before = torch._dynamo.explain(model)(**inputs).graph_break_count

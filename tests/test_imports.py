@@ -79,7 +79,7 @@ def test_info_without_extensions(without_extensions):
     assert "not built" in result.stdout
 
 
-@pytest.mark.parametrize("name", ["_C", "_C_cuda"])
+@pytest.mark.parametrize("name", ["_C", pytest.param("_C_cuda", marks=pytest.mark.slow)])
 def test_an_extension_that_cannot_be_loaded_is_a_warning(without_extensions, name):
     import sysconfig
 

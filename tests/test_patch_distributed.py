@@ -12,18 +12,13 @@ import torch.distributed as dist
 pytest.importorskip("transformers")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 @pytest.mark.parametrize(
     ("kind", "name"),
     [
-        ("fsdp-after", "llama"),
-        *(
-            pytest.param(kind, name, marks=pytest.mark.slow)
-            for kind in ("ddp", "fsdp-after", "fsdp-before")
-            for name in ("gpt2", "llama", "bert")
-            if (kind, name) != ("fsdp-after", "llama")
-        ),
-        pytest.param("tensor-parallel", "norms", marks=pytest.mark.slow),
+        *((kind, name) for kind in ("ddp", "fsdp-after", "fsdp-before") for name in ("gpt2", "llama", "bert")),
+        ("tensor-parallel", "norms"),
     ],
 )
 def test_two_processes(kind, name, tmp_path):

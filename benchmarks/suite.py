@@ -107,7 +107,10 @@ def _plugin(cases: list[Case], device: str, seconds: float, failed: list[dict[st
 
 
 def run(cases: list[Case], device: str, seconds: float) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
-    """Measures the cases under pytest-benchmark; returns the results, and the cases that failed with the reason."""
+    """Measures the cases under pytest-benchmark; returns the results, and the cases that failed with the reason.
+
+    An interrupt ends it early: what it did not reach is among those that failed.
+    """
     pytest = require("pytest", "bench")
     pytest_benchmark = require("pytest_benchmark", "bench")
     require("pytest_benchmark.logger", "bench")
@@ -126,13 +129,17 @@ def run(cases: list[Case], device: str, seconds: float) -> tuple[list[dict[str, 
             # That a failed case measured nothing is no news.
             warnings.simplefilter("ignore", pytest_benchmark.logger.PytestBenchmarkWarning)
             code = pytest.main(["--pyargs", "fastllm.benchmarks._pytest", *options], plugins=[plugin])
-        if code == pytest.ExitCode.INTERRUPTED:
-            raise KeyboardInterrupt
-        if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.INTERRUPTED):
             raise RuntimeError(f"pytest ended with {code!r}")
         text = data.read_text() if data.exists() else ""
-    entries = json.loads(text)["benchmarks"] if text else []  # not written where every case failed
-    return [entry["extra_info"] for entry in entries], failed
+    # Not written where every case failed.
+    results = [entry["extra_info"] for entry in json.loads(text)["benchmarks"]] if text else []
+    if code == pytest.ExitCode.INTERRUPTED:
+        reached = {(found["op"], found["case"]) for found in (*results, *failed)}
+        left = [case for case in cases if (case.op, case.name) not in reached]
+        failed += [{"op": case.op, "case": case.name, "reason": "not reached: interrupted"} for case in left]
+        print(f"interrupted: {len(left)} of {len(cases)} cases were not reached", file=sys.stderr)
+    return results, failed
 
 
 def table(data: dict[str, Any]) -> str:

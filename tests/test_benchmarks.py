@@ -194,6 +194,21 @@ def test_one_wrong_op_does_not_stop_the_others(small, monkeypatch, tmp_path, cap
     assert "not timed" in (tmp_path / "index.html").read_text()
 
 
+def test_an_interrupt_keeps_what_was_measured(small, monkeypatch, tmp_path, capsys):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ops, "layer_norm", interrupted)
+    path = tmp_path / "out.json"
+    assert suite.main(["add_rms_norm", "layer_norm", "rms_norm", "--quick", "--json", str(path)]) == 1
+    assert "interrupted: 2 of 3 cases were not reached" in capsys.readouterr().err
+    data = json.loads(path.read_text())
+    assert [result["op"] for result in data["results"]] == ["add_rms_norm"]
+    assert [(failure["op"], failure["reason"]) for failure in data["failed"]] == [
+        (name, "not reached: interrupted") for name in ("layer_norm", "rms_norm")
+    ]
+
+
 def test_a_rival_that_cannot_run_is_named(small, monkeypatch, capsys):
     def refuse(fn, **_):
         def compiled(*args):

@@ -150,7 +150,7 @@ def make_build_ext():
     class Build(BuildExtension):
         def finalize_options(self):
             super().finalize_options()
-            if "MAX_JOBS" not in os.environ:
+            if self.parallel is None and "MAX_JOBS" not in os.environ:
                 self.parallel = True  # both libraries at once: each has compilations that wait for nothing
             if find_nvcc() and not cuda_archs():
                 self.extensions = [ext for ext in self.extensions if not ext.name.endswith("_C_cuda")]

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import functools
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -124,7 +125,12 @@ def quiet(module: nn.Module) -> Iterator[None]:
     where the module or what it calls is compiled."""
     modes = [(m, m.training) for m in module.modules()]
     devices = [p.device for p in module.parameters() if p.device.type == "cuda"][:1]
-    with torch.random.fork_rng(devices=devices), torch.compiler.set_stance("force_eager"):
+    with (
+        torch.random.fork_rng(devices=devices),
+        torch.compiler.set_stance("force_eager"),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
         try:
             yield
         finally:

@@ -90,8 +90,10 @@ def compare(weights: dict[str, Tensor], config: GPTConfig, batches: data.Dataset
         contender("torch.compile", "torch", compile=True),
     ]
     tqdm = require("tqdm", "train").tqdm
-    for index in tqdm(range(WARMUP + rounds), desc="compare", unit="round"):
+    bar = tqdm(range(WARMUP + rounds), desc="compare", unit="round")
+    for index in bar:
         for one in contenders:
+            bar.set_postfix_str(one.name)  # the first step of one is to be compiled
             one.step(timed=index >= WARMUP)
     return contenders
 

@@ -340,7 +340,7 @@ def tests(run: Run, outcome: Outcome, deadline: float) -> None:
     if not run.need_library(outcome, deadline):
         return
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    command += ["-p", "fastllm.benchmarks._pytest_plugin", "--continue-on-collection-errors"]
+    command += ["-p", "fastllm.benchmarks._report_plugin", "--continue-on-collection-errors"]
     workers = 1
     if run.rehearse:
         command += ["tests/test_gpu.py", "-k", "cpu and float32 and small"]

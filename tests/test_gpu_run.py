@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fastllm.benchmarks import _jobs, _pytest_plugin, gpu_run, headline, report
+from fastllm.benchmarks import _jobs, _report_plugin, gpu_run, headline, report
 
 _build, _workers = sys.modules["_build"], sys.modules["_workers"]  # as the script imports them
 
@@ -289,7 +289,7 @@ def test_every_test_leaves_a_line_as_it_ends(run, monkeypatch):
     for when, outcome in (("setup", "passed"), ("call", "passed"), ("call", "failed"), ("setup", "skipped")):
         report = SimpleNamespace(when=when, outcome=outcome, failed=outcome == "failed", longrepr=crash)
         report.nodeid, report.duration = "test_x", 0.1
-        _pytest_plugin.pytest_runtest_logreport(report)
+        _report_plugin.pytest_runtest_logreport(report)
     assert [(line["outcome"], line.get("error")) for line in lines(run)] == [
         ("passed", None),
         ("failed", "assert 1 == 2"),
@@ -386,7 +386,7 @@ def test_a_lost_gpu_costs_its_own_test_and_what_cannot_be_collected_is_told(run,
     pytest.importorskip("xdist")
     (tmp_path / "test_lost.py").write_text(TESTS)
     (tmp_path / "test_broken.py").write_text("import no_such_module")
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "1", "-p", "fastllm.benchmarks._pytest_plugin"]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "1", "-p", "fastllm.benchmarks._report_plugin"]
     command += ["-c", os.devnull, "--rootdir", str(tmp_path), "--continue-on-collection-errors", str(tmp_path)]
     environment = run.environment(**{gpu_run.RESULTS: str(run.results)})
     subprocess.run(command, env=environment, check=False, capture_output=True, cwd=tmp_path)

@@ -12,6 +12,7 @@ import datetime
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -225,6 +226,7 @@ CHECKS: dict[str, Callable[[], None]] = {
 
 
 def facts_of(python: str) -> dict:
+    python = os.path.abspath(shutil.which(python) or python)  # the checks run in a folder of their own
     output = subprocess.run([python, "-c", FACTS], capture_output=True, text=True, check=True).stdout
     return {"executable": python, **json.loads(output)}
 
@@ -288,8 +290,9 @@ def main() -> int:
         else:
             print("yes")
         return 0
-    environments = sorted((facts_of(p) for p in [sys.executable, *args.pythons]), key=lambda e: release(e["torch"]))
-    own = next(e for e in environments if e["executable"] == sys.executable)
+    own = facts_of(sys.executable)
+    given = {facts["executable"]: facts for facts in (own, *map(facts_of, args.pythons))}
+    environments = sorted(given.values(), key=lambda e: release(e["torch"]))
     for environment in environments:
         if environment["abi"] != own["abi"]:
             raise SystemExit(

@@ -102,7 +102,7 @@ def empty_lse(query: Tensor, shape: tuple) -> Tensor:
 def into(outputs: tuple[Tensor, ...], results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """`results` with the strides of `outputs`; copied only where they differ."""
     return tuple(
-        [
+        [  # a list: `Backend.supports` says why
             result if result.stride() == output.stride() else output.copy_(result)
             for output, result in zip(outputs, results, strict=True)
         ]

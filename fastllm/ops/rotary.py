@@ -26,7 +26,7 @@ def _in_place_supports(q, k, *rest) -> str | None:
 
 
 def _fake(q, k, *rest):
-    return tuple([_attention.empty_out(x, x.shape[3]) for x in (q, k)])
+    return _attention.empty_out(q, q.shape[3]), _attention.empty_out(k, k.shape[3])
 
 
 def _fwd_reference(*args):

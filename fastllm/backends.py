@@ -7,6 +7,7 @@ is made by `Op._select` on real tensors. `explain` and that choice read the same
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import sys
@@ -14,6 +15,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -157,17 +159,19 @@ def autocasts(device: str) -> bool:
     return device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
 
 
-def _without_autocast(run: Callable) -> Callable:
-    """`run` as it would be without autocast, whose casts are made outside of an op, if they are."""
+def _by_itself(run: Callable) -> Callable:
+    """`run` without autocast, whose casts are made outside of an op, if they are, and without gradients, which are the
+    autograd function's."""
 
-    def plain(*args):
+    def alone(*args):
         device = next(_tensors(args)).device.type
-        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        if not autocast and not torch.is_grad_enabled():
             return run(*args)
-        with torch.autocast(device, enabled=False):
+        with torch.no_grad(), torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
             return run(*args)
 
-    return plain
+    return alone
 
 
 class Op:
@@ -203,7 +207,7 @@ class Op:
             # that, and nothing is computed wrongly meanwhile.
             else replace(backend, run=self.call)
             if backend.key
-            else replace(backend, run=_without_autocast(backend.run))
+            else replace(backend, run=_by_itself(backend.run))
             for backend in (*backends, Backend("reference", _always, reference))
         )
         self._warned: set[str] = set()
@@ -216,6 +220,28 @@ class Op:
             if _forced is not None:
                 return self._run_forced(*args)
         return self.call(*args)
+
+    def below_autograd(self, *args):
+        """The call from inside of an autograd function, which is not to meet the op's own."""
+        if torch.compiler.is_compiling():
+            return self(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self(*args)
+
+    def differentiate(self, function: Any) -> Any:
+        """Registers the autograd function that takes the op's arguments: what gives gradients to a call of the op
+        itself, as it stands in an exported or captured graph. A decorator."""
+
+        def run(*args):
+            if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors(args)):
+                outputs = function.apply(*args)
+                return outputs if self.call._schema.returns else None
+            with torch._C._AutoDispatchBelowAutograd():
+                return self.call(*args)
+
+        self.function, function.op_name = function, self.name.removesuffix("_fwd")
+        LIBRARY.impl(self.name, run, "Autograd")
+        return function
 
     def candidates(self, *args) -> Iterator[tuple[Backend, str | None]]:
         """Every backend with the reason why it cannot run these arguments (None if it can), best first."""
@@ -270,6 +296,22 @@ def warn_again() -> None:
     """Forgets which fallbacks were warned of: each warns once more."""
     for op in OPS.values():
         op._warned.clear()
+
+
+def check_second_derivative(name: str, device: torch.device) -> None:
+    """For the gradient of the backward `name`, which plain PyTorch computes: warns once, or raises where a kernel is
+    forced."""
+    if _forced not in (None, "reference"):
+        raise BackendUnavailable(
+            f"fastllm.{name}: backend {_forced!r} has no gradient of a gradient; the reference has"
+        )
+    message = (
+        f"fastllm.{name}: the gradient of a gradient runs on reference for {device.type} tensors; no kernel has it"
+    )
+    op = OPS[name]
+    if message not in op._warned:
+        op._warned.add(message)
+        warnings.warn(message, FallbackWarning, stacklevel=_users_level())
 
 
 def _users_level() -> int:

@@ -402,6 +402,9 @@ def _part(rank: int, world: int, file: str) -> None:
             assert logprobs.shape == y.shape
             got = torch.autograd.grad(loss.sin().sum(), parts)
             torch.testing.assert_close(got, (grads[0], grads[1][mine], grads[2][mine]))
+        loss = ops.linear_cross_entropy(*parts[:2], y, linear_bias=parts[2], process_group=dist.group.WORLD)
+        with pytest.raises(RuntimeError, match="with a process_group, gradients have no gradients"):
+            torch.autograd.grad(loss, parts, create_graph=True)
         # Hard rows: far from zero, one that is ignored and overflows, a rank that has nothing but masked classes.
         x[0], y = 3e38, torch.where(y < 0, y, y % 17)
         b = b - 1e3

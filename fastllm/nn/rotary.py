@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastllm import ops
+from fastllm.tracing import host_values, lasting
 
 _KEYS = {
     # What a type needs, and what else it takes.
@@ -154,13 +155,16 @@ class RotaryEmbedding(torch.nn.Module):
         wanted = max(length, self.max_position_embeddings)
         fits = wanted == self._length if self.rope_type == "dynamic" else wanted <= self._length
         if self._tables is None or not fits or self._tables[0].device != self.inv_freq.device:
-            # Anew, not from the buffer, which module.to(bfloat16) rounds.
-            frequencies = self._frequencies(wanted)[0].to(self.inv_freq.device)
+            with torch.inference_mode(False):
+                # Anew, not from the buffer, which module.to(bfloat16) rounds.
+                frequencies = self._frequencies(wanted)[0].to(self.inv_freq.device)
+                angles = torch.arange(wanted, device=frequencies.device).float()[:, None] * frequencies
+                tables = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+            if not lasting():
+                return tables
             if self.rope_type == "dynamic":
                 self.inv_freq = frequencies
-            angles = torch.arange(wanted, device=frequencies.device).float()[:, None] * frequencies
-            self._tables = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
-            self._length = wanted
+            self._tables, self._length = tables, wanted
         return self._tables
 
     def forward(self, q: Tensor, k: Tensor, position_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -177,8 +181,9 @@ class RotaryEmbedding(torch.nn.Module):
         length = q.shape[-2] if q.dim() == 4 else q.shape[0]
         if position_ids is not None:
             length = self._length
-            if position_ids.device.type == "cpu" and position_ids.numel() and not torch.compiler.is_compiling():
-                length = int(position_ids.max()) + 1
+            positions = host_values(position_ids)
+            if positions is not None and positions.numel():
+                length = int(positions.max()) + 1
                 if self.rope_type != "dynamic":
                     length = max(length, self._length)
         cos, sin = self.tables(length)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastllm.backends import KERNEL_DTYPES
+from fastllm.tracing import host_values, unwrapped
 
 DTYPES = (*KERNEL_DTYPES, torch.float64)
 """What ops compute, on one backend or another."""
@@ -48,6 +49,19 @@ def integer(name: str, label: str, value: Any) -> int:
         with contextlib.suppress(TypeError):
             return operator.index(value)
     raise TypeError(f"{name}: {label} must be an int, got {value!r}")
+
+
+def check_inside(name: str, label: str, indices: Tensor, size: int, what: str, ignored: int | None = None) -> None:
+    """Raises IndexError for what is not in [0, size): at once on the CPU; on a GPU, and where the call is traced, by an
+    assertion on the device (RuntimeError)."""
+    indices = unwrapped(indices)
+    wrong = (indices < 0) | (indices >= size)
+    if ignored is not None:
+        wrong = wrong & (indices != ignored)
+    if host_values(indices) is None:
+        torch._assert_async(~wrong.any(), f"{name}: a {label} is {what}")
+    elif bool(wrong.any()):
+        raise IndexError(f"{name}: {label} {int(indices[wrong][0])} is {what}")
 
 
 def apart(*tensors: Tensor | None) -> tuple[Any, ...]:

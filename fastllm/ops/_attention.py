@@ -9,6 +9,7 @@ from fastllm import backends
 from fastllm.ops import _triton
 from fastllm.ops._arguments import check_dtype, integer, number
 from fastllm.ops._dropout import check_rate
+from fastllm.tracing import transformed
 
 SCORES = "float dropout_p, float scale, SymInt window_left, SymInt window_right, float softcap, bool bottom_right"
 
@@ -72,6 +73,7 @@ def stock_cpu(query: Tensor, key: Tensor, value: Tensor, scale: float | None) ->
         and not _triton.INTERPRETED
         and not backends.steered()
         and not torch.compiler.is_compiling()
+        and not transformed()
         and query.shape[-1] == value.shape[-1]
         and (scale is None or scale > 0)
         and bool(query.numel() and key.numel())

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastllm.backends import KERNEL_DTYPES, Backend, Op, autocasts, compiled
 from fastllm.ops import _triton
-from fastllm.ops._arguments import check_dtype, integer, number
+from fastllm.ops._arguments import check_dtype, check_inside, integer, number
 from fastllm.reference import cross_entropy as reference
 
 
@@ -88,9 +88,14 @@ def empty_stats(x: Tensor, mean: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return top, lse, picked, x.new_empty(rows if mean else 0, dtype=acc)
 
 
+def without_idle_rows(rows: Tensor, dlse: Tensor, lse: Tensor) -> Tensor:
+    """Zeros for rows that have no gradient and may hold anything, so that nothing of it comes back as 0 * NaN."""
+    return rows.masked_fill(((dlse == 0) & ~lse.isfinite())[:, None], 0.0)
+
+
 def upstream(lse: Tensor, dlse: Tensor | None, dpicked: Tensor | None, dmean: Tensor | None):
     """What autograd hands a backward, as the kernels take it: dense, zeros for what nobody used."""
-    grads = (torch.zeros_like(lse) if grad is None else grad.contiguous() for grad in (dlse, dpicked))
+    grads = [torch.zeros_like(lse) if grad is None else grad.contiguous() for grad in (dlse, dpicked)]
     return *grads, None if dmean is None else dmean.contiguous()
 
 
@@ -122,12 +127,7 @@ stats_bwd_in_place = Op(
 
 def check_target(name: str, target: Tensor, classes: int, ignore_index: int) -> None:
     """Raises for a class index that is none: at once on the CPU, by a device-side assertion on a GPU, as torch."""
-    wrong = (target != ignore_index) & ((target < 0) | (target >= classes))
-    if target.device.type == "cpu" and not torch.compiler.is_compiling():
-        if bool(wrong.any()):
-            raise IndexError(f"{name}: target {int(target[wrong][0])} is out of bounds for {classes} classes")
-    else:
-        torch._assert_async(~wrong.any(), f"{name}: a target is out of bounds for {classes} classes")
+    check_inside(name, "target", target, classes, f"out of bounds for {classes} classes", ignore_index)
 
 
 def check_options(
@@ -202,7 +202,7 @@ def check_weight(name: str, weight: Tensor | None, classes: int, input: Tensor) 
 
 
 def row_losses(
-    stats: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    stats: tuple[Tensor, Tensor, Tensor, Tensor],
     target: Tensor,
     weight: Tensor | None,
     ignore_index: int,
@@ -223,7 +223,7 @@ def row_losses(
         if weight is not None:
             chosen = torch.where(valid, weight[torch.where(valid, target, 0)], 0.0)
             rows, count = chosen * rows, chosen.sum()
-    if mean is not None:
+    if label_smoothing:
         uniform = lse - mean if weight is None else weight.mean() * lse - mean
         rows = (1 - label_smoothing) * rows + label_smoothing * uniform
     if z_loss:

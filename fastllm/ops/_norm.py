@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,8 @@ from torch import Tensor
 from fastllm.backends import KERNEL_DTYPES, Backend, compiled
 from fastllm.ops import _sharding, _triton
 from fastllm.ops._arguments import check_dtype, number
+from fastllm.reference.layer_norm import layer_norm_fwd
+from fastllm.reference.rms_norm import rms_norm_fwd
 
 LONGEST_WITH_DROPOUT = 8192
 """Elements of a row, which kernels/_dropout_norm.py holds in registers."""
@@ -118,6 +121,11 @@ def runs_in_float32(x: Tensor) -> bool:
 def flatten(x: Tensor | None, ndim: int) -> Tensor | None:
     """Folds the last `ndim` dimensions, the normalized ones, into one."""
     return x if x is None or ndim == 1 else x.flatten(-ndim)
+
+
+def statistics(x: Tensor, eps: float, *, centered: bool) -> Any:
+    """(mean, rstd) of the rows of x, or (rstd,), in plain PyTorch, so that gradients flow through them."""
+    return layer_norm_fwd(x, None, None, eps)[1:] if centered else rms_norm_fwd(x, None, eps)[1:]
 
 
 def promote(input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:

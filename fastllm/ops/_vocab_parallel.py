@@ -19,6 +19,12 @@ def extent(size: int, device: torch.device, group: Any) -> tuple[int, int]:
     return sum(found), sum(found[:rank])
 
 
+def _check_once() -> None:
+    """Refuses create_graph=True: a second derivative would lack what the other ranks' gradients depend on."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("linear_cross_entropy: with a process_group, gradients have no gradients themselves")
+
+
 class _Replicated(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group):
@@ -27,6 +33,7 @@ class _Replicated(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        _check_once()
         # Partial sums of 16 bits would be rounded once more for each rank.
         total = grad.to(torch.promote_types(grad.dtype, torch.float32), copy=True)
         dist.all_reduce(total, group=ctx.group)
@@ -51,6 +58,7 @@ class _LogSumExp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        _check_once()
         lse, whole = ctx.saved_tensors
         return torch.where(grad == 0, 0.0, grad * torch.exp(lse - whole)), None  # such a row may hold anything
 
@@ -64,6 +72,7 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        _check_once()
         return grad, None
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from fastllm.backends import Op
 from fastllm.ops import _norm
 from fastllm.ops._arguments import apart, number
+from fastllm.ops._autograd import Function, gradients, run
 from fastllm.ops.layer_norm import layer_norm
 from fastllm.reference import add_layer_norm as reference
 
@@ -44,22 +45,32 @@ _bwd = Op(
 )
 
 
-class _AddLayerNorm(torch.autograd.Function):
+@_fwd.differentiate
+class _AddLayerNorm(Function):
     @staticmethod
-    def forward(ctx, x, residual, weight, bias, eps):
-        y, total, mean, rstd = _fwd(x, residual, weight, bias, eps)
-        ctx.save_for_backward(total, mean, rstd, weight, bias)
-        ctx.set_materialize_grads(False)
-        return y, total
+    def forward(x, residual, weight, bias, eps):
+        return _fwd.below_autograd(x, residual, weight, bias, eps)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy, dtotal):
+    def setup_context(ctx, inputs, outputs):
+        *_, weight, bias, ctx.eps = inputs
+        _, total, mean, rstd = outputs
+        ctx.save_for_backward(total, mean, rstd, weight, bias)
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, dy, dtotal, *_):
         if dy is None:  # only the sum was used
             return dtotal, dtotal, None, None, None
         _, _, weight_grad, bias_grad, _ = ctx.needs_input_grad
-        dx, dweight, dbias = _bwd(dy, dtotal, *ctx.saved_tensors, weight_grad, bias_grad)
+        formula = functools.partial(_formula, eps=ctx.eps)
+        dx, dweight, dbias = gradients(_bwd, formula, dy, dtotal, *ctx.saved_tensors, weight_grad, bias_grad)
         return dx, dx, dweight if weight_grad else None, dbias if bias_grad else None, None
+
+
+def _formula(dy, dtotal, total, mean, rstd, *rest, eps):
+    return reference.add_layer_norm_bwd(dy, dtotal, total, *_norm.statistics(total, eps, centered=True), *rest)
 
 
 def add_layer_norm(
@@ -80,7 +91,8 @@ def add_layer_norm(
         normalized_shape, weight, bias, eps: as `layer_norm`.
 
     Returns:
-        (normed, input + residual), both contiguous, of input's shape. Differentiable once.
+        (normed, input + residual), both contiguous, of input's shape. Differentiable;
+        a second derivative runs on the reference.
 
     Raises:
         TypeError: for another dtype, an eps that is no number, a normalized_shape that is no sequence.
@@ -94,7 +106,7 @@ def add_layer_norm(
         total = input + residual
         return layer_norm(total, normalized_shape, weight, bias, eps), total
     if ndim == 1:
-        return _AddLayerNorm.apply(*apart(input, residual, weight, bias), eps)
+        return run(_fwd, *apart(input, residual, weight, bias), eps)[:2]
     x, r, weight, bias = (_norm.flatten(t, ndim) for t in (input, residual, weight, bias))
-    y, total = _AddLayerNorm.apply(x, r, weight, bias, eps)
+    y, total, *_ = run(_fwd, x, r, weight, bias, eps)
     return y.view(input.shape), total.view(input.shape)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from fastllm.backends import Op
 from fastllm.ops import _norm
 from fastllm.ops._arguments import apart
+from fastllm.ops._autograd import Function, gradients, run
 from fastllm.ops.rms_norm import rms_norm
 from fastllm.reference import add_rms_norm as reference
 
@@ -31,22 +32,32 @@ _bwd = Op(
 )
 
 
-class _AddRMSNorm(torch.autograd.Function):
+@_fwd.differentiate
+class _AddRMSNorm(Function):
     @staticmethod
-    def forward(ctx, x, residual, weight, eps):
-        y, total, rstd = _fwd(x, residual, weight, eps)
-        ctx.save_for_backward(total, rstd, weight)
-        ctx.set_materialize_grads(False)
-        return y, total
+    def forward(x, residual, weight, eps):
+        return _fwd.below_autograd(x, residual, weight, eps)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy, dtotal):
+    def setup_context(ctx, inputs, outputs):
+        *_, weight, ctx.eps = inputs
+        _, total, rstd = outputs
+        ctx.save_for_backward(total, rstd, weight)
+        ctx.mark_non_differentiable(rstd)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, dy, dtotal, _):
         if dy is None:  # only the sum was used
             return dtotal, dtotal, None, None
         weight_grad = ctx.needs_input_grad[2]
-        dx, dweight = _bwd(dy, dtotal, *ctx.saved_tensors, weight_grad)
+        formula = functools.partial(_formula, eps=ctx.eps)
+        dx, dweight = gradients(_bwd, formula, dy, dtotal, *ctx.saved_tensors, weight_grad)
         return dx, dx, dweight if weight_grad else None, None
+
+
+def _formula(dy, dtotal, total, rstd, *rest, eps):
+    return reference.add_rms_norm_bwd(dy, dtotal, total, *_norm.statistics(total, eps, centered=False), *rest)
 
 
 def add_rms_norm(
@@ -66,7 +77,8 @@ def add_rms_norm(
         normalized_shape, weight, eps: as `rms_norm`.
 
     Returns:
-        (normed, input + residual), both contiguous, of input's shape. Differentiable once.
+        (normed, input + residual), both contiguous, of input's shape. Differentiable;
+        a second derivative runs on the reference.
 
     Raises:
         TypeError: for another dtype, an eps that is no number, a normalized_shape that is no sequence.
@@ -80,7 +92,7 @@ def add_rms_norm(
         total = input + residual
         return rms_norm(total, normalized_shape, weight, eps), total
     if ndim == 1:
-        return _AddRMSNorm.apply(*apart(input, residual, weight), eps)
+        return run(_fwd, *apart(input, residual, weight), eps)[:2]
     x, r, weight = (_norm.flatten(t, ndim) for t in (input, residual, weight))
-    y, total = _AddRMSNorm.apply(x, r, weight, eps)
+    y, total, *_ = run(_fwd, x, r, weight, eps)
     return y.view(input.shape), total.view(input.shape)

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from fastllm.backends import Backend, Op
 from fastllm.ops import _attention, _sdpa
 from fastllm.ops._arguments import DTYPES, apart
+from fastllm.ops._autograd import Function, gradients, run
 from fastllm.ops._dropout import dropout_seed
 from fastllm.reference import attention as reference
 
@@ -115,28 +116,51 @@ _bwd = Op(
 )
 
 
-class _Attention(torch.autograd.Function):
+def _save(ctx, inputs, outputs):
+    query, key, value, attn_mask, sinks, slopes, seed, ctx.mask_grad, *ctx.scores = inputs
+    ctx.save_for_backward(query, key, value, *outputs, attn_mask, sinks, slopes, seed)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dout, dlse):
+    out = ctx.saved_tensors[3]
+    if dout is None:
+        dout = torch.zeros_like(out)
+    args = (dout, dlse, *ctx.saved_tensors, ctx.mask_grad, *ctx.scores)
+    dq, dk, dv, dmask, dsinks = gradients(_bwd, _formula, *args)
+    dmask = dmask if ctx.mask_grad else None
+    dsinks = dsinks if ctx.needs_input_grad[4] else None
+    return dq, dk, dv, dmask, dsinks, *(None,) * 9
+
+
+@_fwd.differentiate
+class _Attention(Function):
     @staticmethod
-    def forward(ctx, query, key, value, attn_mask, sinks, slopes, seed, mask_grad, lse_grad, *scores):
-        out, lse = _fwd(query, key, value, attn_mask, sinks, slopes, seed, mask_grad, *scores)
-        ctx.save_for_backward(query, key, value, out, lse, attn_mask, sinks, slopes, seed)
-        ctx.mask_grad, ctx.scores = mask_grad, scores
-        ctx.set_materialize_grads(False)
-        ctx.lse_grad = lse_grad
-        return out, lse
+    def forward(q, k, v, mask, sinks, slopes, seed, mask_grad, dropout_p, scale, left, right, softcap, bottom_right):
+        return _fwd.below_autograd(
+            q, k, v, mask, sinks, slopes, seed, mask_grad, dropout_p, scale, left, right, softcap, bottom_right
+        )  # fmt: skip
+
+    setup_context = staticmethod(_save)  # type: ignore[assignment]
+    backward = staticmethod(_backward)
+
+
+class _AttentionAlone(_Attention):
+    """Without lse: nobody has it, but the backward of a compiled graph gets zeros for it, which some kernels refuse."""
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    def setup_context(ctx, inputs, outputs):
+        _save(ctx, inputs, outputs)
+        ctx.mark_non_differentiable(outputs[1])
+
+    @staticmethod
     def backward(ctx, dout, dlse):
-        query, key, value, out, lse, *rest = ctx.saved_tensors
-        if dout is None:
-            dout = torch.zeros_like(out)
-        if not ctx.lse_grad:  # nobody has lse, but a compiled graph passes zeros
-            dlse = None
-        dq, dk, dv, dmask, dsinks = _bwd(dout, dlse, query, key, value, out, lse, *rest, ctx.mask_grad, *ctx.scores)
-        dmask = dmask if ctx.mask_grad else None
-        dsinks = dsinks if ctx.needs_input_grad[4] else None
-        return dq, dk, dv, dmask, dsinks, *(None,) * 10
+        return _backward(ctx, dout, None)
+
+
+def _formula(dout, dlse, query, key, value, out, lse, *rest):
+    outputs = reference.attention_fwd(query, key, value, *rest)
+    return reference.attention_bwd(dout, dlse, query, key, value, *outputs, *rest)
 
 
 def attention(
@@ -190,7 +214,8 @@ def attention(
 
     Returns:
         out (B, H, Sq, DV) in query's dtype (autocast's, where it is on), in memory ordered as query. With return_lse
-        also lse (B, H, Sq), float32 (float64 for float64), differentiable, in which sinks are counted.
+        also lse (B, H, Sq), float32 (float64 for float64), differentiable, in which sinks are counted. A second
+        derivative runs on the reference; torch's own attention, which a plain call on a CPU is, refuses it.
 
     Raises:
         TypeError: for other dtypes or several, and what is no number; ValueError: for shapes, devices or numbers
@@ -220,9 +245,10 @@ def attention(
         )
     query, key, value = apart(query, key, value)
     mask_grad = attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled()
-    out, lse = _Attention.apply(
-        query, key, value, attn_mask, sinks, alibi_slopes, dropout_seed(query, dropout_p), mask_grad,
-        return_lse, dropout_p, scale, left, right, softcap, causal_align == "bottom_right",
+    out, lse = run(
+        _fwd, query, key, value, attn_mask, sinks, alibi_slopes, dropout_seed(query, dropout_p), mask_grad, dropout_p,
+        scale, left, right, softcap, causal_align == "bottom_right",
+        function=_Attention if return_lse else _AttentionAlone,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 

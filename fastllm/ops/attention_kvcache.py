@@ -9,8 +9,10 @@ from torch.nn import functional as F
 from fastllm.backends import Backend, Op, autocasts
 from fastllm.ops import _attention, _sdpa
 from fastllm.ops._arguments import DTYPES, number
+from fastllm.ops._autograd import Function, run
 from fastllm.ops.attention import attention
 from fastllm.reference import attention_kvcache as reference
+from fastllm.tracing import host_values
 
 PROMPT = 64  # new tokens from which on the kernels of training are faster than those that share the cache out
 
@@ -72,10 +74,15 @@ _fwd = Op(
 )
 
 
-class _AttentionKVCache(torch.autograd.Function):
+@_fwd.differentiate
+class _AttentionKVCache(Function):
     @staticmethod
-    def forward(ctx, *args):
-        return _fwd(*args)
+    def forward(q, k_cache, v_cache, lengths, sinks, slopes, scale, left, right, softcap):
+        return _fwd.below_autograd(q, k_cache, v_cache, lengths, sinks, slopes, scale, left, right, softcap)
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        pass
 
     @staticmethod
     def backward(ctx, *grads):
@@ -158,8 +165,8 @@ def attention_kvcache(
             f"{name}: cache_seqlens must have shape ({batch},) on {q.device}, got {tuple(cache_seqlens.shape)} on "
             f"{cache_seqlens.device}"
         )
-    if length is None and cache_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
-        for length_b in cache_seqlens.tolist():
+    if length is None and (values := host_values(cache_seqlens)) is not None:
+        for length_b in values.flatten().tolist():
             _check_length(length_b, new, k_cache.shape[2])
     left, right = _attention.check_window(name, window_size, is_causal)
     _, scale, softcap, alibi_slopes = _attention.check_extras(
@@ -178,9 +185,7 @@ def attention_kvcache(
         )  # fmt: skip
     if k is not None and v is not None:
         cache_seqlens = _append(k_cache, v_cache, k, v, cache_seqlens)
-    out, lse = _AttentionKVCache.apply(
-        q, k_cache, v_cache, cache_seqlens, sinks, alibi_slopes, scale, left, right, softcap
-    )
+    out, lse = run(_fwd, q, k_cache, v_cache, cache_seqlens, sinks, alibi_slopes, scale, left, right, softcap)
     return (out, lse) if return_lse else out
 
 

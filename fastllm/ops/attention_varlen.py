@@ -8,6 +8,7 @@ from torch import Tensor
 from fastllm.backends import Backend, Op
 from fastllm.ops import _attention, _sdpa
 from fastllm.ops._arguments import apart
+from fastllm.ops._autograd import Function, gradients, run
 from fastllm.ops._dropout import dropout_seed
 from fastllm.reference import attention_varlen as reference
 
@@ -136,26 +137,50 @@ _bwd = Op(
 )
 
 
-class _AttentionVarlen(torch.autograd.Function):
+def _save(ctx, inputs, outputs):
+    query, key, value, cu_seq_q, cu_seq_k, sinks, slopes, seed, *ctx.rest = inputs
+    ctx.save_for_backward(query, key, value, *outputs, cu_seq_q, cu_seq_k, sinks, slopes, seed)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dout, dlse):
+    out = ctx.saved_tensors[3]
+    if dout is None:
+        dout = torch.zeros_like(out)
+    dq, dk, dv, dsinks = gradients(_bwd, _formula, dout, dlse, *ctx.saved_tensors, *ctx.rest)
+    return dq, dk, dv, None, None, dsinks if ctx.needs_input_grad[5] else None, *(None,) * 10
+
+
+@_fwd.differentiate
+class _AttentionVarlen(Function):
     @staticmethod
-    def forward(ctx, query, key, value, cu_seq_q, cu_seq_k, sinks, slopes, seed, lse_grad, *rest):
-        out, lse = _fwd(query, key, value, cu_seq_q, cu_seq_k, sinks, slopes, seed, *rest)
-        ctx.save_for_backward(query, key, value, out, lse, cu_seq_q, cu_seq_k, sinks, slopes, seed)
-        ctx.rest = rest
-        ctx.set_materialize_grads(False)
-        ctx.lse_grad = lse_grad
-        return out, lse
+    def forward(
+        q, k, v, cu_q, cu_k, sinks, slopes, seed, max_q, max_k, dropout_p, scale, left, right, softcap, bottom_right
+    ):  # fmt: skip
+        return _fwd.below_autograd(
+            q, k, v, cu_q, cu_k, sinks, slopes, seed, max_q, max_k, dropout_p, scale, left, right, softcap, bottom_right
+        )  # fmt: skip
+
+    setup_context = staticmethod(_save)  # type: ignore[assignment]
+    backward = staticmethod(_backward)
+
+
+class _AttentionVarlenAlone(_AttentionVarlen):
+    """Without lse: nobody has it, but the backward of a compiled graph gets zeros for it, which some kernels refuse."""
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    def setup_context(ctx, inputs, outputs):
+        _save(ctx, inputs, outputs)
+        ctx.mark_non_differentiable(outputs[1])
+
+    @staticmethod
     def backward(ctx, dout, dlse):
-        query, key, value, out, *saved = ctx.saved_tensors
-        if dout is None:
-            dout = torch.zeros_like(out)
-        if not ctx.lse_grad:  # nobody has lse, but a compiled graph passes zeros
-            dlse = None
-        dq, dk, dv, dsinks = _bwd(dout, dlse, query, key, value, out, *saved, *ctx.rest)
-        return dq, dk, dv, None, None, dsinks if ctx.needs_input_grad[5] else None, *(None,) * 11
+        return _backward(ctx, dout, None)
+
+
+def _formula(dout, dlse, query, key, value, out, lse, *rest):
+    outputs = reference.attention_varlen_fwd(query, key, value, *rest)
+    return reference.attention_varlen_bwd(dout, dlse, query, key, value, *outputs, *rest)
 
 
 def attention_varlen(
@@ -196,7 +221,8 @@ def attention_varlen(
         return_lse: also return lse.
 
     Returns:
-        out (total_q, H, DV), contiguous; with return_lse also lse (H, total_q).
+        out (total_q, H, DV), contiguous; with return_lse also lse (H, total_q). A second derivative runs on the
+        reference.
 
     Raises:
         TypeError: for other dtypes or several, and what is no number; ValueError: for shapes, devices or numbers
@@ -219,8 +245,9 @@ def attention_varlen(
     )
     query, key, value = apart(query, key, value)
     cu_seq_q, cu_seq_k = apart(cu_seq_q, cu_seq_k)
-    out, lse = _AttentionVarlen.apply(
-        query, key, value, cu_seq_q, cu_seq_k, sinks, alibi_slopes, dropout_seed(query, dropout_p),
-        return_lse, max_q, max_k, dropout_p, scale, left, right, softcap, True,
+    out, lse = run(
+        _fwd, query, key, value, cu_seq_q, cu_seq_k, sinks, alibi_slopes, dropout_seed(query, dropout_p), max_q, max_k,
+        dropout_p, scale, left, right, softcap, True,
+        function=_AttentionVarlen if return_lse else _AttentionVarlenAlone,
     )  # fmt: skip
     return (out, lse) if return_lse else out

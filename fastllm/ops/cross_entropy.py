@@ -9,26 +9,31 @@ from torch import Tensor
 
 from fastllm.ops import _cross_entropy
 from fastllm.ops._arguments import check_dtype, integer
+from fastllm.ops._autograd import Function, gradients, run
 from fastllm.reference import cross_entropy as reference
 
 
-class _Stats(torch.autograd.Function):
+@_cross_entropy.stats_fwd.differentiate
+class _Stats(Function):
     """(top, lse, picked, mean) of rows of logits, for which see reference/cross_entropy.py."""
 
     @staticmethod
-    def forward(ctx, logits, target, weight, softcap, mean, inplace):
-        top, lse, picked, average = _cross_entropy.stats_fwd(logits, target, weight, softcap, mean)
-        ctx.save_for_backward(logits, target, weight, top, lse)
-        ctx.mark_non_differentiable(top)
-        ctx.softcap, ctx.inplace = softcap, inplace
-        ctx.set_materialize_grads(False)
-        return top, lse, picked, average if mean else None
+    def forward(logits, target, weight, softcap, mean):
+        return _cross_entropy.stats_fwd.below_autograd(logits, target, weight, softcap, mean)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    def setup_context(ctx, inputs, outputs):
+        logits, target, weight, ctx.softcap, ctx.mean = inputs
+        top, lse, _, _ = outputs
+        ctx.save_for_backward(logits, target, weight, top, lse)
+        ctx.mark_non_differentiable(top)
+        ctx.set_materialize_grads(False)
+        ctx.inplace = False
+
+    @staticmethod
     def backward(ctx, _, dlse, dpicked, dmean):
         logits, target, weight, top, lse = ctx.saved_tensors
-        dlse, dpicked, dmean = _cross_entropy.upstream(lse, dlse, dpicked, dmean)
+        dlse, dpicked, dmean = _cross_entropy.upstream(lse, dlse, dpicked, dmean if ctx.mean else None)
         dlogits = dtarget = None
         if ctx.needs_input_grad[1]:  # before the logits are overwritten
             acc = lse.dtype
@@ -36,14 +41,30 @@ class _Stats(torch.autograd.Function):
             dtarget = (dtarget if weight is None else dtarget * weight.to(acc)).to(target.dtype)
         # A compiled graph knows no versions: nobody would be told that the logits are gone.
         inplace = ctx.inplace and ctx.needs_input_grad[0] and not torch.compiler.is_compiling()
-        plain = weight is None and not target.is_floating_point()
+        plain = weight is None and not target.is_floating_point() and not torch.is_grad_enabled()
         if inplace and plain and _cross_entropy.writable(logits):
             _cross_entropy.stats_bwd_in_place(dlse, dpicked, dmean, logits, target, top, lse, ctx.softcap)
             torch.autograd.graph.increment_version(logits)  # whoever saved them for another backward gets an error
             dlogits = logits.detach()
         elif ctx.needs_input_grad[0]:
-            dlogits = _cross_entropy.stats_bwd(dlse, dpicked, dmean, logits, target, weight, top, lse, ctx.softcap)
-        return dlogits, dtarget, None, None, None, None
+            args = (dlse, dpicked, dmean, logits, target, weight, top, lse, ctx.softcap)
+            dlogits = gradients(_cross_entropy.stats_bwd, _formula, *args)
+        return dlogits, dtarget, None, None, None
+
+
+class _StatsInPlace(_Stats):
+    """The gradient of the logits overwrites them."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        _Stats.setup_context(ctx, inputs, outputs)
+        ctx.inplace = True
+
+
+def _formula(dlse, dpicked, dmean, logits, target, weight, top, lse, softcap):
+    logits = _cross_entropy.without_idle_rows(logits, dlse, lse)
+    lse = reference.cross_entropy_fwd(logits, target, weight, softcap, False)[1]
+    return reference.cross_entropy_bwd(dlse, dpicked, dmean, logits, target, weight, top, lse, softcap)
 
 
 def cross_entropy(
@@ -89,7 +110,8 @@ def cross_entropy(
             compiled graph, and on logits whose rows are not dense or share memory.
 
     Returns:
-        The loss, 0-d, or for "none" of target's shape. Differentiable once.
+        The loss, 0-d, or for "none" of target's shape. Differentiable;
+        a second derivative runs on the reference.
 
     Raises:
         IndexError: for a target that is no class, on the CPU (RuntimeError in a compiled graph); on a GPU a device-side
@@ -138,7 +160,8 @@ def cross_entropy(
         target = target.reshape(-1).long().contiguous()
         _cross_entropy.check_target(name, target, classes, ignore_index)
     inner = weight if probabilities or label_smoothing else None
-    stats = _Stats.apply(logits, target, inner, float(softcap), label_smoothing > 0, inplace)
+    args = (logits, target, inner, float(softcap), label_smoothing > 0)
+    stats = run(_cross_entropy.stats_fwd, *args, function=_StatsInPlace if inplace else None)
     rows, count = _cross_entropy.row_losses(stats, target, weight, ignore_index, label_smoothing, z_loss)
     return _cross_entropy.reduced(rows.reshape(shape), count, reduction, num_valid).to(
         _cross_entropy.loss_dtype(input) if dtype is None else dtype

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from fastllm.backends import Op
 from fastllm.ops import _norm
 from fastllm.ops._arguments import apart, number
+from fastllm.ops._autograd import Function, gradients, run
 from fastllm.ops._dropout import check_rate, dropout_seed
 from fastllm.ops.add_layer_norm import add_layer_norm
 from fastllm.reference import dropout_add_layer_norm as reference
@@ -61,26 +62,36 @@ _bwd = Op(
 )
 
 
-class _DropoutAddLayerNorm(torch.autograd.Function):
+@_fwd.differentiate
+class _DropoutAddLayerNorm(Function):
     @staticmethod
-    def forward(ctx, x, residual, weight, bias, seed, p, eps):
-        y, total, mean, rstd = _fwd(x, residual, weight, bias, seed, p, eps)
-        ctx.save_for_backward(total, mean, rstd, weight, bias, seed)
-        ctx.p = p
-        ctx.set_materialize_grads(False)
-        return y, total
+    def forward(x, residual, weight, bias, seed, p, eps):
+        return _fwd.below_autograd(x, residual, weight, bias, seed, p, eps)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy, dtotal):
-        total, *rest, seed = ctx.saved_tensors
+    def setup_context(ctx, inputs, outputs):
+        *_, weight, bias, seed, ctx.p, ctx.eps = inputs
+        _, total, mean, rstd = outputs
+        ctx.save_for_backward(total, mean, rstd, weight, bias, seed)
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, dy, dtotal, *_):
         if dy is None and dtotal is None:
             return None, None, None, None, None, None, None
         if dy is None:  # only the sum was used, which is rare enough to leave it to plain PyTorch
+            seed = ctx.saved_tensors[-1]
             return reference.dropped(dtotal, seed, ctx.p).to(dtotal.dtype), dtotal, None, None, None, None, None
-        weight_grad, bias_grad = ctx.needs_input_grad[2:4]
-        dx, dresidual, dweight, dbias = _bwd(dy, dtotal, total, *rest, seed, ctx.p, weight_grad, bias_grad)
+        wanted = weight_grad, bias_grad = ctx.needs_input_grad[2:4]
+        formula = functools.partial(_formula, eps=ctx.eps)
+        dx, dresidual, dweight, dbias = gradients(_bwd, formula, dy, dtotal, *ctx.saved_tensors, ctx.p, *wanted)
         return dx, dresidual, dweight if weight_grad else None, dbias if bias_grad else None, None, None, None
+
+
+def _formula(dy, dtotal, total, mean, rstd, *rest, eps):
+    statistics = _norm.statistics(total, eps, centered=True)
+    return reference.dropout_add_layer_norm_bwd(dy, dtotal, total, *statistics, *rest)
 
 
 def dropout_add_layer_norm(
@@ -110,7 +121,8 @@ def dropout_add_layer_norm(
         training: whether anything is dropped at all.
 
     Returns:
-        (normed, sum), both contiguous, of input's shape. Differentiable once.
+        (normed, sum), both contiguous, of input's shape. Differentiable;
+        a second derivative runs on the reference.
 
     Raises:
         TypeError: for another dtype, an eps that is no number, a normalized_shape that is no sequence.
@@ -130,7 +142,7 @@ def dropout_add_layer_norm(
         return normed, total.to(input.dtype)
     seed = dropout_seed(input, p)
     if ndim == 1:
-        return _DropoutAddLayerNorm.apply(*apart(input, residual, weight, bias), seed, p, eps)
+        return run(_fwd, *apart(input, residual, weight, bias), seed, p, eps)[:2]
     x, r, weight, bias = (_norm.flatten(t, ndim) for t in (input, residual, weight, bias))
-    y, total = _DropoutAddLayerNorm.apply(x, r, weight, bias, seed, p, eps)
+    y, total, *_ = run(_fwd, x, r, weight, bias, seed, p, eps)
     return y.view(input.shape), total.view(input.shape)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastllm.backends import Op
 from fastllm.ops import _glu
+from fastllm.ops._autograd import Function, gradients, run
 from fastllm.reference import geglu as reference
 
 
@@ -37,21 +38,42 @@ _bwd = Op(
 )
 
 
-class _GEGLU(torch.autograd.Function):
-    """Of gate and up, or of both side by side in one tensor, whose gradient then comes in one, too."""
+@_fwd.differentiate
+class _GEGLU(Function):
+    @staticmethod
+    def forward(gate, up, tanh):
+        return _fwd.below_autograd(gate, up, tanh)
 
     @staticmethod
-    def forward(ctx, gate, up, tanh):
-        ctx.save_for_backward(gate, up)
-        ctx.tanh = tanh
-        return _fwd(*_glu.halves(gate, up), tanh)
+    def setup_context(ctx, inputs, outputs):
+        ctx.save_for_backward(*inputs[:2])
+        ctx.tanh = inputs[-1]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        gate, up = ctx.saved_tensors
-        d = _bwd(dy, *_glu.halves(gate, up), ctx.tanh)
-        return (d, None, None) if up is None else (*d.chunk(2, -1), None)
+        d = gradients(_bwd, reference.geglu_bwd, dy, *ctx.saved_tensors, ctx.tanh)
+        return *d.chunk(2, -1), None
+
+
+class _GEGLUPacked(Function):
+    """Of gate and up side by side in one tensor, whose gradient then comes in one, too."""
+
+    op_name = "geglu"
+
+    @staticmethod
+    def forward(both, tanh):
+        return _fwd.below_autograd(*both.chunk(2, -1), tanh)
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        ctx.save_for_backward(inputs[0])
+        ctx.tanh = inputs[-1]
+
+    @staticmethod
+    def backward(ctx, dy):
+        (both,) = ctx.saved_tensors
+        d = gradients(_bwd, reference.geglu_bwd, dy, *both.chunk(2, -1), ctx.tanh)
+        return d, None
 
 
 def geglu(gate: Tensor, up: Tensor | None = None, approximate: str = "tanh") -> Tensor:
@@ -70,7 +92,8 @@ def geglu(gate: Tensor, up: Tensor | None = None, approximate: str = "tanh") -> 
         approximate: "tanh", Gemma's; or "none", with the error function, as in `torch.nn.functional.gelu`.
 
     Returns:
-        (..., N), contiguous, in the dtype that gate and up promote to. Differentiable once.
+        (..., N), contiguous, in the dtype that gate and up promote to. Differentiable;
+        a second derivative runs on the reference.
 
     Raises:
         TypeError: for another dtype; ValueError: for shapes and devices that do not fit, and for
@@ -79,4 +102,6 @@ def geglu(gate: Tensor, up: Tensor | None = None, approximate: str = "tanh") -> 
     if approximate not in ("tanh", "none"):
         raise ValueError(f"geglu: approximate must be 'tanh' or 'none', got {approximate!r}")
     gate, up = _glu.checked("geglu", gate, up)
-    return _GEGLU.apply(gate, up, approximate == "tanh")
+    if up is None and not torch.compiler.is_exporting():
+        return run(_fwd, gate, approximate == "tanh", function=_GEGLUPacked)
+    return run(_fwd, *_glu.halves(gate, up), approximate == "tanh")

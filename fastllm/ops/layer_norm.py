@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from fastllm.backends import Op
 from fastllm.ops import _norm
 from fastllm.ops._arguments import apart, number
+from fastllm.ops._autograd import Function, gradients, run
 from fastllm.reference import layer_norm as reference
 
 _fwd = Op(
@@ -37,19 +38,29 @@ _bwd = Op(
 )
 
 
-class _LayerNorm(torch.autograd.Function):
+@_fwd.differentiate
+class _LayerNorm(Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, eps):
-        y, mean, rstd = _fwd(x, weight, bias, eps)
-        ctx.save_for_backward(x, mean, rstd, weight, bias)
-        return y
+    def forward(x, weight, bias, eps):
+        return _fwd.below_autograd(x, weight, bias, eps)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
+    def setup_context(ctx, inputs, outputs):
+        x, weight, bias, ctx.eps = inputs
+        _, mean, rstd = outputs
+        ctx.save_for_backward(x, mean, rstd, weight, bias)
+        ctx.mark_non_differentiable(mean, rstd)
+
+    @staticmethod
+    def backward(ctx, dy, *_):
         _, weight_grad, bias_grad, _ = ctx.needs_input_grad
-        dx, dweight, dbias = _bwd(dy, *ctx.saved_tensors, weight_grad, bias_grad)
+        formula = functools.partial(_formula, eps=ctx.eps)
+        dx, dweight, dbias = gradients(_bwd, formula, dy, *ctx.saved_tensors, weight_grad, bias_grad)
         return dx, dweight if weight_grad else None, dbias if bias_grad else None, None
+
+
+def _formula(dy, x, mean, rstd, *rest, eps):
+    return reference.layer_norm_bwd(dy, x, *_norm.statistics(x, eps, centered=True), *rest)
 
 
 def layer_norm(
@@ -74,7 +85,8 @@ def layer_norm(
         eps: added to the variance.
 
     Returns:
-        Contiguous, of input's shape and dtype (float32 under CUDA autocast, as torch). Differentiable once.
+        Contiguous, of input's shape and dtype (float32 under CUDA autocast, as torch). Differentiable;
+        a second derivative runs on the reference.
 
     Raises:
         TypeError: for another dtype, an eps that is no number, a normalized_shape that is no sequence.
@@ -85,6 +97,6 @@ def layer_norm(
     if _norm.runs_in_float32(input):
         input = input.float()
     if ndim == 1:
-        return _LayerNorm.apply(*apart(input, weight, bias), eps)
+        return run(_fwd, *apart(input, weight, bias), eps)[0]
     x, weight, bias = (_norm.flatten(t, ndim) for t in (input, weight, bias))
-    return _LayerNorm.apply(x, weight, bias, eps).view(input.shape)
+    return run(_fwd, x, weight, bias, eps)[0].view(input.shape)

@@ -6,7 +6,7 @@ same for the same reason; this one leaves the products to torch and does the res
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -15,7 +15,9 @@ from fastllm.backends import KERNEL_DTYPES, Backend, Op, autocasts
 from fastllm.ops import _cross_entropy as _ce
 from fastllm.ops import _triton, _vocab_parallel
 from fastllm.ops._arguments import check_dtype, integer
+from fastllm.ops._autograd import Function, gradients, run
 from fastllm.reference import linear_cross_entropy as reference
+from fastllm.tracing import host_values, transformed
 
 
 def _reason(input: Tensor, weight: Tensor) -> str | None:
@@ -166,26 +168,62 @@ _fwd_bwd_op = Op(
 )
 
 
-class _LinearStats(torch.autograd.Function):
+@_fwd_op.differentiate
+class _LinearStats(Function):
     """(top, lse, picked, mean) as `cross_entropy` has them; the backward computes the logits once more."""
 
     @staticmethod
-    def forward(ctx, input, weight, bias, target, softcap, mean, chunk_size):
-        top, lse, picked, average = _fwd_op(input, weight, bias, target, softcap, mean, chunk_size)
-        ctx.save_for_backward(input, weight, bias, target, top, lse)
-        ctx.mark_non_differentiable(top)
-        ctx.rest = softcap, chunk_size
-        ctx.set_materialize_grads(False)
-        return top, lse, picked, average if mean else None
+    def forward(input, weight, bias, target, softcap, mean, chunk_size):
+        return _fwd_op.below_autograd(input, weight, bias, target, softcap, mean, chunk_size)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    def setup_context(ctx, inputs, outputs):
+        *tensors, softcap, mean, chunk_size = inputs
+        _LinearStats.save(ctx, tensors, outputs, mean, softcap, chunk_size)
+
+    @staticmethod
+    def save(ctx, tensors, outputs, mean, softcap, chunk_size):
+        top, lse, _, _, *grads = outputs
+        ctx.save_for_backward(*tensors, top, lse)
+        ctx.mark_non_differentiable(top, *grads)
+        ctx.mean, ctx.rest = mean, (softcap, chunk_size)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
     def backward(ctx, _, dlse, dpicked, dmean):
         saved = ctx.saved_tensors
-        grads = _ce.upstream(saved[-1], dlse, dpicked, dmean)
+        grads = _ce.upstream(saved[-1], dlse, dpicked, dmean if ctx.mean else None)
         wanted = list(ctx.needs_input_grad[:3])
-        found = _bwd_op(*grads, *saved, *ctx.rest, wanted)
+        found = gradients(_bwd_op, _formula, *grads, *saved, *ctx.rest, wanted)
         return *(grad if want else None for grad, want in zip(found, wanted, strict=True)), *(None,) * 4
+
+
+def _formula(dlse, dpicked, dmean, input, weight, bias, target, top, lse, softcap, *rest):
+    input = _ce.without_idle_rows(input, dlse, lse)
+    _, lse, *_ = reference.linear_cross_entropy_fwd(input, weight, bias, target, softcap, False, 0)
+    return reference.linear_cross_entropy_bwd(
+        dlse, dpicked, dmean, input, weight, bias, target, top, lse, softcap, *rest
+    )  # fmt: skip
+
+
+@_fwd_bwd_op.differentiate
+class _LinearStatsAndGradients(Function):
+    """What stands in a graph that was captured from `_Loss`, and is differentiated like any other."""
+
+    @staticmethod
+    def forward(input, weight, bias, target, scale, label_smoothing, z_loss, softcap, chunk_size, wanted):
+        return _fwd_bwd_op.below_autograd(
+            input, weight, bias, target, scale, label_smoothing, z_loss, softcap, chunk_size, wanted
+        )  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        *tensors, _, label_smoothing, _, softcap, chunk_size, _ = inputs
+        _LinearStats.save(ctx, tensors, outputs, label_smoothing > 0, softcap, chunk_size)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return *_LinearStats.backward(ctx, *grads[:4])[:4], *(None,) * 6
 
 
 class _Loss(torch.autograd.Function):
@@ -194,11 +232,11 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, weight, bias, target, scale, label_smoothing, z_loss, softcap, chunk_size):
         wanted = list(ctx.needs_input_grad[:3])
-        top, lse, picked, mean, *grads = _fwd_bwd_op(
+        top, lse, picked, mean, *grads = _fwd_bwd_op.below_autograd(
             input, weight, bias, target, scale, label_smoothing, z_loss, softcap, chunk_size, wanted
         )
-        ctx.save_for_backward(input, weight, bias, target, scale, top, lse)
-        ctx.rest = label_smoothing, z_loss, softcap, chunk_size
+        ctx.save_for_backward(input, weight, bias, target, scale)
+        ctx.rest = label_smoothing, z_loss, softcap, chunk_size, wanted
         ctx.grads = grads
         rows = lse - picked
         if label_smoothing:
@@ -208,18 +246,29 @@ class _Loss(torch.autograd.Function):
         return torch.where(scale == 0, 0.0, scale * rows).sum()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dloss):
-        wanted = list(ctx.needs_input_grad[:3])
+        wanted = ctx.rest[-1]
         grads, ctx.grads = ctx.grads, None
-        if grads is None:  # a second time: autograd has the first ones, and may have added to them
-            *saved, scale, top, lse = ctx.saved_tensors
-            label_smoothing, z_loss, softcap, chunk_size = ctx.rest
-            upstream = reference.loss_gradients(scale, top, lse, label_smoothing, z_loss)
-            grads = _bwd_op(*upstream, *saved, top, lse, softcap, chunk_size, wanted)
-        if dloss.device.type != "cpu" or torch.compiler.is_compiling() or dloss.item() != 1:
-            grads = [(grad.to(dloss.dtype) * dloss).to(grad.dtype) for grad in grads]
-        return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *(None,) * 6
+
+        def compute(dloss, *args):
+            # A second time, autograd has the first ones, and may have added to them.
+            return _scaled(_fwd_bwd_op(*args)[4:] if grads is None else grads, dloss)
+
+        found = gradients(_fwd_bwd_op, _loss_formula, dloss, *ctx.saved_tensors, *ctx.rest, compute=compute)
+        return *(grad if want else None for grad, want in zip(found, wanted, strict=True)), *(None,) * 6
+
+
+def _loss_formula(dloss, input, weight, bias, target, scale, *rest):
+    input = input.masked_fill((scale == 0)[:, None], 0.0)  # which may hold anything
+    found = reference.linear_cross_entropy_fwd_bwd(input, weight, bias, target, scale, *rest)
+    return _scaled(found[4:], dloss, always=True)
+
+
+def _scaled(grads: Iterable[Tensor], dloss: Tensor, always: bool = False) -> tuple[Tensor, ...]:
+    value = None if always else host_values(dloss)
+    if value is not None and value.item() == 1:
+        return tuple(grads)
+    return tuple([(grad.to(dloss.dtype) * dloss).to(grad.dtype) for grad in grads])
 
 
 SMALL = 2**25  # bytes of logits that are not worth cutting
@@ -272,7 +321,8 @@ def linear_cross_entropy(
 
     Returns:
         The loss, 0-d, or for "none" of target's shape. With return_logprobs
-        also (...) float32 log-probabilities, 0 where the target is ignored. Differentiable once.
+        also (...) float32 log-probabilities, 0 where the target is ignored. Differentiable;
+        a second derivative runs on the reference.
 
     Raises:
         IndexError, TypeError, ValueError: as `cross_entropy`.
@@ -307,8 +357,10 @@ def linear_cross_entropy(
     differentiated = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (input, linear_weight, linear_bias)
     )
-    # float16 needs the scale of a GradScaler before its gradients are rounded, which only the backward knows.
+    # float16 needs the scale of a GradScaler before its gradients are rounded, which only the backward knows. An
+    # exported graph may be run without gradients, torch.func knows only later which it wants.
     now = reduction != "none" and not return_logprobs and process_group is None and x.dtype != torch.float16
+    now = now and not torch.compiler.is_exporting() and not transformed()
     if differentiated and now:
         valid = y != ignore_index
         scale = valid.to(torch.promote_types(x.dtype, torch.float32))
@@ -322,11 +374,12 @@ def linear_cross_entropy(
             loss = loss + torch.zeros_like(loss) / count  # NaN without a target, as torch
         return loss.to(dtype)
     if process_group is None:
-        stats = _LinearStats.apply(x, linear_weight, linear_bias, y, softcap, label_smoothing > 0, chunk)
+        stats = run(_fwd_op, x, linear_weight, linear_bias, y, softcap, label_smoothing > 0, chunk)
     else:
         x = _vocab_parallel.replicated(x, process_group)
-        stats = _LinearStats.apply(x, linear_weight, linear_bias, y - start, softcap, label_smoothing > 0, chunk)
+        stats = run(_fwd_op, x, linear_weight, linear_bias, y - start, softcap, label_smoothing > 0, chunk)
         mine = (y >= start) & (y < start + linear_weight.shape[0])
+        stats = (*stats[:3], stats[3] if label_smoothing else None)
         stats = _vocab_parallel.combined(stats, mine, linear_weight.shape[0] / classes, process_group)
     rows, count = _ce.row_losses(stats, y, weight, ignore_index, label_smoothing, z_loss)
     loss = _ce.reduced(rows.reshape(shape), count, reduction, num_valid).to(dtype)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from fastllm.backends import Op
 from fastllm.ops import _norm
 from fastllm.ops._arguments import apart
+from fastllm.ops._autograd import Function, gradients, run
 from fastllm.reference import rms_norm as reference
 
 _fwd = Op(
@@ -29,19 +30,29 @@ _bwd = Op(
 )
 
 
-class _RMSNorm(torch.autograd.Function):
+@_fwd.differentiate
+class _RMSNorm(Function):
     @staticmethod
-    def forward(ctx, x, weight, eps):
-        y, rstd = _fwd(x, weight, eps)
-        ctx.save_for_backward(x, rstd, weight)
-        return y
+    def forward(x, weight, eps):
+        return _fwd.below_autograd(x, weight, eps)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
+    def setup_context(ctx, inputs, outputs):
+        x, weight, ctx.eps = inputs
+        rstd = outputs[1]
+        ctx.save_for_backward(x, rstd, weight)
+        ctx.mark_non_differentiable(rstd)
+
+    @staticmethod
+    def backward(ctx, dy, _):
         weight_grad = ctx.needs_input_grad[1]
-        dx, dweight = _bwd(dy, *ctx.saved_tensors, weight_grad)
+        formula = functools.partial(_formula, eps=ctx.eps)
+        dx, dweight = gradients(_bwd, formula, dy, *ctx.saved_tensors, weight_grad)
         return dx, dweight if weight_grad else None, None
+
+
+def _formula(dy, x, rstd, *rest, eps):
+    return reference.rms_norm_bwd(dy, x, *_norm.statistics(x, eps, centered=False), *rest)
 
 
 def rms_norm(
@@ -65,7 +76,8 @@ def rms_norm(
             torch.
 
     Returns:
-        Contiguous, of input's shape and dtype (float32 under CUDA autocast, as torch). Differentiable once.
+        Contiguous, of input's shape and dtype (float32 under CUDA autocast, as torch). Differentiable;
+        a second derivative runs on the reference.
 
     Raises:
         TypeError: for another dtype, an eps that is no number, a normalized_shape that is no sequence.
@@ -76,6 +88,6 @@ def rms_norm(
         input = input.float()
     eps = _norm.rms_eps("rms_norm", input, eps)
     if ndim == 1:
-        return _RMSNorm.apply(*apart(input, weight), eps)
+        return run(_fwd, *apart(input, weight), eps)[0]
     x, weight = (_norm.flatten(t, ndim) for t in (input, weight))
-    return _RMSNorm.apply(x, weight, eps).view(input.shape)
+    return run(_fwd, x, weight, eps)[0].view(input.shape)

@@ -7,8 +7,10 @@ from torch import Tensor
 
 from fastllm.backends import KERNEL_DTYPES, Backend, Op, compiled
 from fastllm.ops import _attention, _triton
-from fastllm.ops._arguments import apart, check_dtype
+from fastllm.ops._arguments import apart, check_dtype, check_inside
+from fastllm.ops._autograd import Function, apply, run
 from fastllm.reference import rotary as reference
+from fastllm.tracing import transformed
 
 
 def _supports(q, k, cos, sin, *rest) -> str | None:
@@ -73,27 +75,38 @@ _in_place = Op(
 )
 
 
-class _Rotary(torch.autograd.Function):
+@_fwd.differentiate
+class _Rotary(Function):
     @staticmethod
-    def forward(ctx, q, k, cos, sin, positions, interleaved):
-        ctx.save_for_backward(cos, sin, positions)
-        ctx.interleaved = interleaved
-        return _fwd(q, k, cos, sin, positions, interleaved, False)
+    def forward(q, k, cos, sin, positions, interleaved, inverse):
+        return _fwd.below_autograd(q, k, cos, sin, positions, interleaved, inverse)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    def setup_context(ctx, inputs, outputs):
+        _, _, cos, sin, positions, ctx.interleaved, ctx.inverse = inputs
+        ctx.save_for_backward(cos, sin, positions)
+
+    @staticmethod
     def backward(ctx, dq, dk):
-        return *_fwd(dq, dk, *ctx.saved_tensors, ctx.interleaved, True), *(None,) * 4
+        args = (dq, dk, *ctx.saved_tensors, ctx.interleaved, not ctx.inverse)
+        # Linear, and so its gradient's gradient is one more call.
+        again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        return *(apply(_Rotary, *args) if again else _fwd(*args)), *(None,) * 5
 
 
-class _RotaryInPlace(_Rotary):
+@_in_place.differentiate
+class _RotaryInPlace(Function):
     @staticmethod
-    def forward(ctx, q, k, cos, sin, positions, interleaved):
-        _in_place(q, k, cos, sin, positions, interleaved, False)
-        ctx.mark_dirty(q, k)
-        ctx.save_for_backward(cos, sin, positions)
-        ctx.interleaved = interleaved
+    def forward(q, k, cos, sin, positions, interleaved, inverse):
+        _in_place.below_autograd(q, k, cos, sin, positions, interleaved, inverse)
         return q, k
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        _Rotary.setup_context(ctx, inputs, outputs)
+        ctx.mark_dirty(*outputs)
+
+    backward = _Rotary.backward
 
 
 def rotary(
@@ -125,7 +138,7 @@ def rotary(
         inplace: overwrite q and k, and return them. With gradients, they must be no views (and so not packed).
 
     Returns:
-        q and k turned, of their shapes, in memory ordered as they are. Differentiable once.
+        q and k turned, of their shapes, in memory ordered as they are. Differentiable as often as one likes.
 
     Raises:
         TypeError: for dtypes that do not fit; ValueError: for shapes and devices that do not; IndexError: for positions
@@ -144,8 +157,13 @@ def rotary(
         )
     cos, sin = _tables(q, cos, sin, interleaved)
     positions = _positions(q, cos, position_ids)
-    function = _RotaryInPlace if inplace else _Rotary
-    q, k = function.apply(*apart(q, k, cos, sin), positions, interleaved)
+    args = (*apart(q, k, cos, sin), positions, interleaved, False)
+    if not inplace:
+        q, k = run(_fwd, *args)
+    elif torch.compiler.is_exporting() or transformed():
+        q, k = (x.copy_(turned) for x, turned in zip((q, k), run(_fwd, *args), strict=True))
+    else:
+        q, k = run(_in_place, *args)
     return (q[0].transpose(0, 1), k[0].transpose(0, 1)) if packed else (q, k)
 
 
@@ -209,10 +227,5 @@ def _positions(q: Tensor, cos: Tensor, position_ids: Tensor | None) -> Tensor | 
         )
     if position_ids.device != q.device:
         raise ValueError(f"rotary: q is on {q.device}, position_ids on {position_ids.device}")
-    wrong = (position_ids < 0) | (position_ids >= rows)
-    if q.device.type == "cpu" and not torch.compiler.is_compiling():
-        if bool(wrong.any()):
-            raise IndexError(f"rotary: position {int(position_ids[wrong][0])} is outside the {rows} of cos")
-    else:
-        torch._assert_async(~wrong.any(), f"rotary: a position is outside the {rows} of cos")
+    check_inside("rotary", "position", position_ids, rows, f"outside the {rows} of cos")
     return position_ids.long().expand(batch, length)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastllm.backends import Op
 from fastllm.ops import _glu
+from fastllm.ops._autograd import Function, gradients, run
 from fastllm.reference import swiglu as reference
 
 
@@ -37,20 +38,39 @@ _bwd = Op(
 )
 
 
-class _SwiGLU(torch.autograd.Function):
-    """Of gate and up, or of both side by side in one tensor, whose gradient then comes in one, too."""
+@_fwd.differentiate
+class _SwiGLU(Function):
+    @staticmethod
+    def forward(gate, up):
+        return _fwd.below_autograd(gate, up)
 
     @staticmethod
-    def forward(ctx, gate, up):
-        ctx.save_for_backward(gate, up)
-        return _fwd(*_glu.halves(gate, up))
+    def setup_context(ctx, inputs, outputs):
+        ctx.save_for_backward(*inputs[:2])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        gate, up = ctx.saved_tensors
-        d = _bwd(dy, *_glu.halves(gate, up))
-        return (d, None) if up is None else tuple(d.chunk(2, -1))
+        d = gradients(_bwd, reference.swiglu_bwd, dy, *ctx.saved_tensors)
+        return d.chunk(2, -1)
+
+
+class _SwiGLUPacked(Function):
+    """Of gate and up side by side in one tensor, whose gradient then comes in one, too."""
+
+    op_name = "swiglu"
+
+    @staticmethod
+    def forward(both):
+        return _fwd.below_autograd(*both.chunk(2, -1))
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        ctx.save_for_backward(inputs[0])
+
+    @staticmethod
+    def backward(ctx, dy):
+        (both,) = ctx.saved_tensors
+        return gradients(_bwd, reference.swiglu_bwd, dy, *both.chunk(2, -1))
 
 
 def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
@@ -68,10 +88,13 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
         up: (..., N). Another dtype is promoted as `*` does.
 
     Returns:
-        (..., N), contiguous, in the dtype that gate and up promote to. Differentiable once.
+        (..., N), contiguous, in the dtype that gate and up promote to. Differentiable;
+        a second derivative runs on the reference.
 
     Raises:
         TypeError: for another dtype; ValueError: for shapes and devices that do not fit.
     """
     gate, up = _glu.checked("swiglu", gate, up)
-    return _SwiGLU.apply(gate, up)
+    if up is None and not torch.compiler.is_exporting():
+        return run(_fwd, gate, function=_SwiGLUPacked)
+    return run(_fwd, *_glu.halves(gate, up))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastllm import ops
 from fastllm.patching._probe import Differs, told
+from fastllm.tracing import lasting
 
 NAME = "fastllm"
 """Of the attention implementation, as `set_attn_implementation` takes it."""
@@ -68,7 +69,8 @@ def mask(**kwargs: Any) -> Tensor | None:
     from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
     made, tokens, function = sdpa_mask(**kwargs), kwargs.get("attention_mask"), kwargs.get("mask_function")
-    if made is None or tokens is None or tokens.dim() != 2 or torch.compiler.is_compiling() or made.is_inference():
+    traced = torch.compiler.is_compiling() or not lasting()
+    if made is None or tokens is None or tokens.dim() != 2 or traced or made.is_inference():
         return made
     square = kwargs["q_length"] == kwargs["kv_length"] == tokens.shape[1]
     if square and function in (causal_mask_function, bidirectional_mask_function):
@@ -87,7 +89,8 @@ def mask(**kwargs: Any) -> Tensor | None:
 def _sequences(mask: Tensor | None, cu_seq: Tensor | None, window: int | None) -> Sequences | None:
     """What is known of a mask. Of packed documents it is found out, once for each mask: it must be no other than that
     of `cu_seq`."""
-    if mask is None or torch.compiler.is_compiling() or mask.is_inference():  # which have no versions
+    traced = torch.compiler.is_compiling() or not lasting()
+    if mask is None or traced or mask.is_inference():  # which have no versions
         return None
     if not hasattr(mask, "sequences"):
         found = None

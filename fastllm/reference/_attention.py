@@ -73,15 +73,19 @@ class Attention:
         elif mask is not None:
             t = t + mask.to(acc)
         self.t = t.masked_fill(~seen, -torch.inf)
+        self.blind = (self.t == -torch.inf).all(-1)  # rows without a key
         self.sinks = None if sinks is None else sinks.to(acc)[:, None]
         self.z = None
         if dropout_p > 0:
             self.z = dropout(seed, dropout_p, batch, heads, seq_q, seq_k, first_batch).to(acc)
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        lse = torch.logsumexp(self.t, -1)
         if self.t.shape[-1] == 0:
-            lse = lse.fill_(-torch.inf)
+            lse = self.t.new_full(self.t.shape[:-1], -torch.inf)
+        else:  # with zeros for what would give the gradients' own gradients NaN
+            lse = torch.logsumexp(self.t.masked_fill(self.blind[..., None], 0.0), -1).masked_fill(
+                self.blind, -torch.inf
+            )
         if self.sinks is not None:
             lse = torch.logaddexp(lse, self.sinks)
         p = self.probabilities(lse)

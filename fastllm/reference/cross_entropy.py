@@ -41,7 +41,7 @@ def cross_entropy_fwd(
     if t.shape[1] == 0:
         zeros = t.new_zeros(t.shape[:1])
         return zeros, torch.full_like(zeros, -torch.inf), zeros.clone(), zeros.clone() if mean else t.new_empty(0)
-    top = t.amax(-1)
+    top = t.detach().amax(-1)
     top = torch.where(top == -torch.inf, 0.0, top)
     t = t - top[:, None]
     w = t.new_ones(()) if weight is None else weight.to(acc)
@@ -72,7 +72,9 @@ def cross_entropy_bwd(
     t = cap(logits.to(acc), softcap)
     w = t.new_ones(()) if weight is None else weight.to(acc)
     # A row whose lse has no gradient is left out altogether, whatever its logits are.
-    grad = torch.where(dlse[:, None] == 0, 0.0, dlse[:, None] * torch.exp(t - top[:, None] - lse[:, None]))
+    idle = (dlse == 0) & ~lse.isfinite()
+    t = t.masked_fill(idle[:, None], 0.0)
+    grad = dlse[:, None] * torch.exp(t - torch.where(idle, 0.0, top + lse)[:, None])
     if target.is_floating_point():
         grad = grad + dpicked[:, None] * (w * target.to(acc))
     else:
@@ -81,5 +83,5 @@ def cross_entropy_bwd(
     if dmean is not None:
         grad = grad + w * dmean[:, None] / t.shape[1]
     if softcap:
-        grad = torch.where(grad == 0, 0.0, grad * (1 - (t / softcap).square()))
+        grad = grad * (1 - (t / softcap).square())
     return grad.to(logits.dtype)

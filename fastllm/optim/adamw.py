@@ -184,8 +184,11 @@ class AdamW(torch.optim.AdamW):
     Args:
         params, lr, betas, eps, weight_decay, amsgrad, maximize, capturable: as torch's. A tensor lr on a GPU is read
             there, without a sync.
-        foreach, fused: accepted, and both run the same fused kernel; as in torch, `fused` (or `capturable`) keeps
-            `step` on the parameter's device. Without either, a GradScaler's verdict on infinities is waited for.
+        foreach, fused: accepted, and the kernel is the same with or without. As in torch, `fused` (or `capturable`)
+            keeps `step` on the parameter's device, and with `fused` a GradScaler hands its scale and its verdict on
+            infinities to the step, which divides the gradients on the way and waits for nothing. Without it, the
+            scaler divides the gradients first and leaves out a step that would do harm, and whoever clips in between
+            (Lightning) or asks whether a step was left out (Accelerate) is served.
         differentiable: refused; use torch.optim.AdamW.
         max_norm: clip the norm of all gradients together to this, as `torch.nn.utils.clip_grad_norm_` before the step
             does, but on the way: the gradients are read once for the norm, and not written. The norm before clipping
@@ -214,8 +217,7 @@ class AdamW(torch.optim.AdamW):
         RuntimeError: at a step, for sparse gradients.
     """
 
-    _step_supports_amp_scaling = True
-    grad_scale: Tensor | None  # set by a GradScaler while it calls step
+    grad_scale: Tensor | None  # set by a GradScaler while it calls step, if `fused`
     found_inf: Tensor | None
 
     def __init__(
@@ -324,8 +326,8 @@ class AdamW(torch.optim.AdamW):
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ["max_norm", "skip_nonfinite", "master_weights", "stochastic_rounding", "moment_dtype", "seed"]
-        kept += ["grad_norm", "_loading", "_made"]
-        return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}}
+        kept += ["grad_norm", "_loading", "_made", "_step_supports_amp_scaling"]  # the last is torch's, if `fused`
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept if name in self.__dict__}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastllm.ops.adamw import BLOCK, dequantize, join, quantize, split
+from fastllm.ops.adamw import BLOCK, dequantize, join, quantize, split, traced
 
 SMALL = 2**16  # elements
 SHORT = (torch.bfloat16, torch.float16)
@@ -67,10 +67,10 @@ def zeros(likes: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """torch.zeros_like(x, dtype=dtype) of each. Small ones are made empty first and given memory afterwards, so that
     what describes thousands of them lies close together: between their data, a step would take longer to find it than
     to update. Each has memory of its own, so that saving or copying the state of one parameter costs just that."""
-    compiling = torch.compiler.is_compiling()
+    whole = torch.compiler.is_compiling() or traced()
 
     def first(x: Tensor) -> Tensor:
-        if type(x) in (Tensor, torch.nn.Parameter) and x.numel() <= SMALL and x.is_contiguous() and not compiling:
+        if type(x) in (Tensor, torch.nn.Parameter) and x.numel() <= SMALL and x.is_contiguous() and not whole:
             return torch.empty(0, dtype=dtype, device=x.device)
         return torch.zeros_like(x, dtype=dtype)
 
@@ -139,7 +139,7 @@ def adopt(param: Tensor, saved: Mapping[str, Any], options: Options) -> dict[str
         elif "master" in saved:
             # Only right if the parameter is what this master rounds to, as it is after loading both.
             weight, remainder = split(saved["master"].to(param.device))
-            if torch.equal(weight, param.detach()):
+            if traced() or torch.equal(weight, param.detach()):
                 state["remainder"] = remainder
     return state
 

@@ -156,9 +156,10 @@ class AdamW(torch.optim.AdamW):
 
     The constructor, param_groups and state_dict are torch's, and checkpoints load in both directions (those with 8-bit
     moments by way of an AdamW without moment_dtype; torch ignores masters). The arithmetic is in float32 whatever the
-    parameters' dtype, in torch's order. In float32 on a CPU with AVX2 or AVX-512 it has the bits of torch's fused
-    kernel, but for the last numel mod 16 elements of a parameter: torch's compiler may round their second moment once
-    less a step. (torch's per-tensor loop rounds one root in 160 the other way.) Sources: Loshchilov and Hutter,
+    parameters' dtype, in torch's order. In float32 on a CPU where torch uses AVX2 or AVX-512 it has the bits of torch's
+    fused kernel, but for the last numel mod 16 elements of a parameter: torch's compiler may round their second moment
+    once less. There, and everywhere if torch uses neither, the last bits may differ. (torch's per-tensor loop rounds
+    one root in 160 the other way.) Sources: Loshchilov and Hutter,
     "Decoupled Weight Decay Regularization", 2019; for 8-bit moments Dettmers et al., "8-bit Optimizers via Block-wise
     Quantization", 2022.
 

@@ -355,3 +355,50 @@ def test_generate_under_autocast(ops):
     model = GPT(GPTConfig.llama(vocab_size=50, context=24, layers=2, heads=4, kv_heads=2, width=32, ops=ops))
     with torch.autocast("cpu", torch.bfloat16):
         assert model.generate(packed_tokens()[:, :5], 4, temperature=0).shape == (3, 9)
+
+
+@pytest.mark.parametrize("ops", ["fastllm", "torch"])
+@pytest.mark.parametrize("make", [GPTConfig.gpt2, GPTConfig.llama])
+def test_every_module_with_parameters_is_called(make, ops):
+    """Whoever gathers or watches parameters, FSDP2 for one, does so around the forward of the module that has them."""
+    model, called = GPT(make(**SMALL, ops=ops)), set()
+    for name, module in model.named_modules():
+        if list(module.parameters(recurse=False)):
+            module.register_forward_pre_hook(lambda module, args, name=name: called.add(name))
+    tokens = torch.randint(61, (2, 9))
+    last = {"embedding"} if model.head is None else {"head"}
+    for targets in (tokens, None):
+        called.clear()
+        model(tokens, targets)
+        assert called == {name for name, m in model.named_modules() if list(m.parameters(recurse=False))}
+        assert last <= called
+
+
+@pytest.mark.parametrize("make", [GPTConfig.gpt2, GPTConfig.llama])
+def test_modules_that_were_exchanged(make):
+    """Stock ones with the same weights give the same loss; an adapter's output is what the loss is of."""
+    model = GPT(make(**SMALL))
+    tokens = torch.randint(61, (2, 9))
+    loss, logits = model(tokens, tokens), model(tokens)
+    for name in ("embedding", "positions", "head"):
+        module = getattr(model, name)
+        if module is not None:
+            stock = torch.nn.Linear(32, 61, bias=False) if name == "head" else torch.nn.Embedding(*module.weight.shape)
+            stock.load_state_dict(module.state_dict())
+            setattr(model, name, stock)
+    assert torch.equal(model(tokens, tokens), loss)
+    assert torch.equal(model(tokens), logits)
+    if model.head is not None:
+
+        class Doubled(torch.nn.Module):
+            def __init__(self, base):
+                super().__init__()
+                self.base = base
+
+            def forward(self, x):
+                return 2 * self.base(x)
+
+        model.head = Doubled(model.head)
+        torch.testing.assert_close(model(tokens), 2 * logits)
+        expected = torch.nn.functional.cross_entropy(2 * logits.flatten(0, 1), tokens.flatten())
+        torch.testing.assert_close(model(tokens, tokens), expected)

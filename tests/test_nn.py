@@ -159,3 +159,33 @@ def test_rotary_embedding_in_part_and_packed():
 def test_rotary_embedding_refuses(kwargs, message):
     with pytest.raises(ValueError, match=message):
         fnn.RotaryEmbedding(32, **kwargs)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("make", [fnn.LayerNorm, fnn.RMSNorm])
+def test_add_is_a_call_of_the_norm(make, dropout):
+    """Hooks run, those of FSDP2 too, which gather the parameters."""
+    norm, calls = make(8), []
+    norm.register_forward_pre_hook(lambda module, args: calls.append("before"))
+    norm.register_forward_hook(lambda module, args, output: calls.append(type(output)))
+    x, residual = torch.randn(3, 8), torch.randn(3, 8)
+    torch.manual_seed(0)
+    normed, total = norm.add(x, residual, dropout)
+    assert calls == ["before", tuple]
+    torch.testing.assert_close(norm(total), normed)
+    if not dropout:
+        torch.testing.assert_close(total, x + residual)
+
+
+def test_the_classifier_is_called_for_its_loss():
+    loss, calls = fnn.LinearCrossEntropyLoss(8, 11, bias=True), []
+    loss.linear.register_forward_pre_hook(lambda module, args: calls.append(1))
+    x, target = torch.randn(5, 8), torch.randint(11, (5,))
+    value = loss(x, target)
+    assert calls == [1]
+    logits = loss.linear(x)
+    torch.testing.assert_close(value, torch.nn.functional.cross_entropy(logits, target))
+    plain = torch.nn.Linear(8, 11)
+    plain.load_state_dict(loss.linear.state_dict())
+    loss.linear = plain  # another's, which only has logits to give
+    assert torch.equal(loss(x, target), value)

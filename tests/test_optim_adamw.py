@@ -487,17 +487,7 @@ def test_one_table_serves_other_memory_formats(monkeypatch):
     assert len(made) == (2 if fastllm._ext.C else 0)
 
 
-def test_small_states_share_memory_and_large_ones_do_not():
-    params = [torch.nn.Parameter(torch.randn(n)) for n in (3, 1000, 2**17, 70)]
-    optimizer = AdamW(params)
-    run(optimizer, range(1))
-    storages = [optimizer.state[p]["exp_avg"].untyped_storage().data_ptr() for p in params]
-    assert storages[0] == storages[1] == storages[3] != storages[2]
-    for p in params:
-        assert optimizer.state[p]["exp_avg"].data_ptr() % 64 == 0
-
-
-# Clipping and scaling
+# Clipping
 
 
 @pytest.mark.parametrize("max_norm", [1e-3, 1.0, 1e6])
@@ -517,18 +507,6 @@ def test_clipping_equals_clip_grad_norm(max_norm):
     for a, b in zip(*lists, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
     assert AdamW(parameters()).grad_norm is None
-
-
-def test_grad_scaler_with_an_expanded_gradient():
-    """As .sum() sends back: unscaled, it is written, so it gets memory of its own."""
-    params, stock = parameters(shapes=((6, 5),)), parameters(shapes=((6, 5),))
-    for kind, (param,) in zip((AdamW, torch.optim.AdamW), (params, stock), strict=True):
-        optimizer = kind([param], fused=True)
-        optimizer.grad_scale, optimizer.found_inf = torch.tensor(4.0), torch.tensor(0.0)
-        param.grad = torch.ones(1, 5).expand(6, 5) if kind is AdamW else torch.ones(6, 5)
-        optimizer.step()
-    assert_as_torchs_fused(params, stock)
-    assert torch.equal(params[0].grad, torch.full((6, 5), 0.25))
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
@@ -556,43 +534,6 @@ def test_infinite_max_norm_only_measures():
     assert_equal(params, other)
     norm = torch.stack([p.grad.norm() for p in params]).norm()
     torch.testing.assert_close(optimizer.grad_norm, norm, rtol=1e-6, atol=0)
-
-
-def scaler(enabled: bool = True) -> torch.amp.GradScaler:
-    return torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3, enabled=enabled)
-
-
-@pytest.mark.parametrize("max_norm", [None, 0.1])
-def test_grad_scaler(max_norm):
-    """Scaled gradients, some of them infinite: the scaler's verdict is honoured, and the gradients end up unscaled."""
-    params, stock = parameters(), parameters()
-    ours = AdamW(params, max_norm=max_norm)
-    theirs = torch.optim.AdamW(stock, fused=True)
-    scalers = scaler(), scaler()
-    for seed in range(8):
-        for one in scalers:
-            one.scale(torch.zeros(()))  # as the loss would be
-        set_grads(seed, params, stock)
-        for p, q in zip(params, stock, strict=True):
-            p.grad *= scalers[0].get_scale()
-            q.grad *= scalers[1].get_scale()
-        if seed in (2, 3):
-            params[0].grad[0, 0] = stock[0].grad[0, 0] = float("inf")
-        scalers[0].step(ours)
-        if max_norm is not None:
-            scalers[1].unscale_(theirs)
-            norm = torch.nn.utils.clip_grad_norm_(stock, max_norm)
-            if seed not in (2, 3):
-                torch.testing.assert_close(ours.grad_norm, norm, rtol=1e-6, atol=0)
-        scalers[1].step(theirs)
-        for one in scalers:
-            one.update()
-        assert scalers[0].get_scale() == scalers[1].get_scale()
-        if max_norm is None and seed not in (2, 3):
-            assert_equal([p.grad for p in params], [q.grad for q in stock])
-    assert int(ours.state[params[0]]["step"]) == 6
-    for a, b in zip(params, stock, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
 # Errors

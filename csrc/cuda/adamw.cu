@@ -44,11 +44,6 @@ struct Launch {
 };
 static_assert(sizeof(Launch) <= kAdamwArgumentBytes);
 
-// The larger of two numbers that are not negative, NaN if one is.
-__device__ __forceinline__ float larger(float a, float b) {
-  return a > b || a != a ? a : b;
-}
-
 // A moment: T, or Code with a scale for the warp's elements.
 template <class T, bool kSigned>
 struct Moment {
@@ -64,7 +59,7 @@ struct Moment {
 
   __device__ __forceinline__ float get(int i) const {
     if constexpr (sizeof(T) == 1) {
-      return Ops::mul(adamw_decode<Ops, kSigned>(raw.get(i)), scale);
+      return adamw_decode<Ops, kSigned>(raw.get(i), scale);
     } else {
       return decode_float<T>(raw.get(i));
     }
@@ -74,22 +69,27 @@ struct Moment {
   __device__ __forceinline__ void store(
       const float (&values)[kVec], void* base, float* scales, int64_t offset, bool vector, int count) {
     if constexpr (sizeof(T) == 1) {
-      float largest = 0.0f;
+      // The largest finite magnitude, and whether there are others: that is 1 here, and 0 where all are finite.
+      float largest = 0.0f, special = 0.0f;
 #pragma unroll
       for (int i = 0; i < kVec; ++i) {
         const float magnitude = values[i] < 0.0f ? -values[i] : values[i];
-        largest = i < count ? larger(largest, magnitude) : largest;
+        const bool finite = magnitude <= kAdamwLargest;
+        largest = i < count && finite && magnitude > largest ? magnitude : largest;
+        special = i < count && !finite ? 1.0f : special;
       }
 #pragma unroll
       for (int mask = kWarp / 2; mask > 0; mask /= 2) {
-        largest = larger(largest, __shfl_xor_sync(0xffffffffu, largest, mask));
+        largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, mask));
+        special = fmaxf(special, __shfl_xor_sync(0xffffffffu, special, mask));
       }
+      const float scale = adamw_block_scale(largest, special == 0.0f);
 #pragma unroll
       for (int i = 0; i < kVec; ++i) {
-        raw.set(i, adamw_encode<Ops, kSigned>(largest == 0.0f ? 0.0f : Ops::div(values[i], largest)));
+        raw.set(i, adamw_encode<Ops, kSigned>(values[i], scale));
       }
       if (threadIdx.x % kWarp == 0) {
-        scales[offset / kAdamwBlock] = largest;
+        scales[offset / kAdamwBlock] = scale;
       }
     } else {
 #pragma unroll
@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(kThreads, 2) adamw_step_kernel(const __grid_co
       } else {
         adamw_update<Ops, false>(x, g, s);
       }
-      new_exp_avg[i] = x.exp_avg;
+      new_exp_avg[i] = sizeof(M) == 1 ? adamw_first_moment<Ops>(x.exp_avg, x.exp_avg_sq) : x.exp_avg;
       new_exp_avg_sq[i] = x.exp_avg_sq;
       if constexpr (sizeof(P) == 4) {
         param.set(i, bits_as<uint32_t>(x.param));

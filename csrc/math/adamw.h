@@ -21,7 +21,8 @@
 
 namespace fastllm {
 
-constexpr int kAdamwBlock = 256;  // elements that share a scale of 8-bit moments
+constexpr int kAdamwBlock = 256;                   // elements that share a scale of 8-bit moments
+constexpr float kAdamwLargest = 3.402823466e+38f;  // float's
 
 struct AdamwHyper {
   double lr, beta1, beta2, weight_decay, eps;
@@ -133,56 +134,84 @@ FASTLLM_HOST_DEVICE typename Ops::U adamw_round_half(typename Ops::F x, typename
 }
 
 // The dynamic 8-bit code (Dettmers et al., "8-bit Optimizers via Block-wise Quantization", 2022), of values in [-1, 1]
-// for the first moment and in [0, 1] for the second. Decade i = 0..6, from 10^(i-7) to 10^(i-6), is cut into 2^i equal
-// parts (2^(i+1) without a sign), each of which stands for its middle; 0 and 1 are exact. The bits, with magnitude k:
+// for the first moment and in [0, 1] for the second, times the scale of their block: the largest finite magnitude in
+// it. Decade i = 0..6, from 10^(i-7) to 10^(i-6), is cut into 2^i equal parts (2^(i+1) without a sign), each of which
+// stands for its middle; 0 and 1 are exact. The bits, with magnitude k:
 //   signed    0: zero, 1..127: k = code, 128: one, 129..255: -(k = code - 128); decade i starts at k = 2^i
 //   unsigned  0: zero, 1..254: k = code + 1, 255: one;                        decade i starts at k = 2^(i+1)
 // A second moment that is not zero is never coded as zero: its root divides.
+//
+// A scale that is negative says that some of its block are not finite, so that they do not spoil the others: then the
+// code for one means NaN (signed) or infinity (unsigned), and the largest finite number gets the code below.
+
+FASTLLM_HOST_DEVICE float adamw_block_scale(float largest_finite, bool all_finite) {
+  return all_finite ? largest_finite : largest_finite > 0.0f ? -largest_finite : -1.0f;
+}
+
 template <class Ops, bool kSigned>
-FASTLLM_HOST_DEVICE typename Ops::F adamw_decode(typename Ops::U code) {
+FASTLLM_HOST_DEVICE typename Ops::F adamw_decode(typename Ops::U code, float scale) {
   const auto k = kSigned ? Ops::select(code > 128u, code - 128u, code) : code + 1u;
   const auto bits = Ops::bits(Ops::from_int(k));
   const auto exponent = (bits >> 23) - 127u;  // of k: i or i + 1
   const auto fraction = Ops::sub(Ops::value((bits & 0x7fffffu) | 0x3f800000u), Ops::splat(1.0f));
   const auto half_part = Ops::value((126u - exponent) << 23);  // 2^-exponent / 2
-  auto scale = Ops::splat(1e-6f);
-  constexpr float kScales[] = {1e-5f, 1e-4f, 1e-3f, 1e-2f, 1e-1f, 1.0f};
+  auto decade = Ops::splat(1e-6f);
+  constexpr float kDecades[] = {1e-5f, 1e-4f, 1e-3f, 1e-2f, 1e-1f, 1.0f};
   for (uint32_t i = 0; i < 6; ++i) {
-    scale = Ops::select(exponent > i + (kSigned ? 0u : 1u), Ops::splat(kScales[i]), scale);
+    decade = Ops::select(exponent > i + (kSigned ? 0u : 1u), Ops::splat(kDecades[i]), decade);
   }
   const auto inside = Ops::add(Ops::mul(Ops::add(fraction, half_part), Ops::splat(0.9f)), Ops::splat(0.1f));
-  auto value = Ops::mul(scale, inside);
-  value = Ops::select(k == (kSigned ? 128u : 256u), Ops::splat(1.0f), value);
-  value = Ops::select(code == 0u, Ops::splat(0.0f), value);
-  return kSigned ? Ops::select(code > 128u, Ops::sub(Ops::splat(0.0f), value), value) : value;
+  auto value = Ops::select(code == 0u, Ops::splat(0.0f), Ops::mul(decade, inside));
+  if constexpr (kSigned) {
+    value = Ops::select(code > 128u, Ops::sub(Ops::splat(0.0f), value), value);
+  }
+  const auto size = Ops::splat(scale < 0.0f ? -scale : scale);
+  const auto special = Ops::value(Ops::whole(kSigned ? 0x7fc00000u : 0x7f800000u));
+  return Ops::select(code == (kSigned ? 128u : 255u), scale < 0.0f ? special : size, Ops::mul(value, size));
 }
 
 template <class Ops, bool kSigned>
-FASTLLM_HOST_DEVICE typename Ops::U adamw_encode(typename Ops::F x) {
+FASTLLM_HOST_DEVICE typename Ops::U adamw_encode(typename Ops::F x, float scale) {
   const auto negative = x < Ops::splat(0.0f);
-  const auto y = Ops::select(negative, Ops::sub(Ops::splat(0.0f), x), x);
+  auto magnitude = Ops::select(negative, Ops::sub(Ops::splat(0.0f), x), x);
+  const auto finite = magnitude <= Ops::splat(kAdamwLargest);
+  magnitude = Ops::select(finite, magnitude, Ops::splat(0.0f));
+  const auto y = scale == 0.0f ? Ops::splat(0.0f) : Ops::div(magnitude, Ops::splat(scale < 0.0f ? -scale : scale));
   constexpr float kStarts[] = {1e-6f, 1e-5f, 1e-4f, 1e-3f, 1e-2f, 1e-1f};
-  constexpr float kScales[] = {1e5f, 1e4f, 1e3f, 1e2f, 1e1f, 1.0f};
+  constexpr float kDecades[] = {1e5f, 1e4f, 1e3f, 1e2f, 1e1f, 1.0f};
   constexpr float kFirst = kSigned ? 1.0f : 2.0f;
-  auto scale = Ops::splat(1e6f), parts = Ops::splat(kFirst);
+  auto decade = Ops::splat(1e6f), parts = Ops::splat(kFirst);
   for (int i = 0; i < 6; ++i) {
     const auto inside = y >= Ops::splat(kStarts[i]);
-    scale = Ops::select(inside, Ops::splat(kScales[i]), scale);
+    decade = Ops::select(inside, Ops::splat(kDecades[i]), decade);
     parts = Ops::select(inside, Ops::splat(kFirst * static_cast<float>(2 << i)), parts);
   }
-  const auto along = Ops::mul(Ops::sub(Ops::mul(y, scale), Ops::splat(0.1f)), Ops::splat(1.0f / 0.9f));
+  const auto along = Ops::mul(Ops::sub(Ops::mul(y, decade), Ops::splat(0.1f)), Ops::splat(1.0f / 0.9f));
   auto part = Ops::mul(along, parts);
-  part = Ops::select(part > Ops::splat(0.0f), part, Ops::splat(0.0f));  // also NaN, whose block has a NaN scale
+  part = Ops::select(part > Ops::splat(0.0f), part, Ops::splat(0.0f));
   auto k = Ops::to_int(Ops::add(part, parts));
   constexpr uint32_t kOne = kSigned ? 128u : 256u;
   // Rounding may carry to 1 what lies below it, and cannot be trusted to carry 1 there.
-  k = Ops::select(y >= Ops::splat(1.0f), Ops::whole(kOne), Ops::select(k >= kOne, Ops::whole(kOne - 1u), k));
+  k = Ops::select(k >= kOne, Ops::whole(kOne - 1u), k);
+  k = Ops::select(y >= Ops::splat(1.0f), Ops::whole(scale < 0.0f ? kOne - 1u : kOne), k);
   if constexpr (kSigned) {
-    const auto code = Ops::select(negative, Ops::select(k == kOne, Ops::whole(255u), k + 128u), k);
-    return Ops::select(y >= Ops::splat(1e-7f), code, Ops::whole(0u));
+    auto code = Ops::select(negative, Ops::select(k == kOne, Ops::whole(255u), k + 128u), k);
+    code = Ops::select(y >= Ops::splat(1e-7f), code, Ops::whole(0u));
+    return Ops::select(finite, code, Ops::whole(128u));
   } else {
-    return Ops::select(y > Ops::splat(0.0f), k - 1u, Ops::whole(0u));
+    const auto code = Ops::select(magnitude > Ops::splat(0.0f), k - 1u, Ops::whole(0u));
+    return Ops::select(finite, code, Ops::whole(255u));
   }
+}
+
+// What is kept in 8 bits of the first moment of an element whose second is infinite: it has stopped for good, and its
+// first, most likely huge, would take the resolution of its block.
+template <class Ops>
+FASTLLM_HOST_DEVICE typename Ops::F adamw_first_moment(typename Ops::F exp_avg, typename Ops::F exp_avg_sq) {
+  const auto largest = Ops::splat(kAdamwLargest);
+  const auto stopped = Ops::select(exp_avg_sq > largest, Ops::splat(0.0f), exp_avg);
+  return Ops::select(
+      exp_avg <= largest, Ops::select(exp_avg >= Ops::sub(Ops::splat(0.0f), largest), stopped, exp_avg), exp_avg);
 }
 
 }  // namespace fastllm

@@ -7,7 +7,7 @@ of a head, V vocabulary, L layers, N documents.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, cast
 
@@ -350,6 +350,27 @@ class Block(nn.Module):
         return self.mlp(x_BTC), residual_BTC
 
 
+class Embedding(nn.Embedding):
+    """An embedding whose table serves other purposes, too: a tied head, positions that are added. They are computed in
+    its forward, around which alone FSDP2 gathers what it shards."""
+
+    def forward(self, x: Any, use: Callable[[Any, Tensor], Tensor] | None = None) -> Tensor:
+        """The rows of `x`, or use(x, table)."""
+        return super().forward(x) if use is None else use(x, self.weight)
+
+
+class Head(nn.Linear):
+    """The output layer, which computes in its forward whatever needs its weight: logits, or their loss."""
+
+    def forward(self, x_BTC: Tensor, use: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
+        return super().forward(x_BTC) if use is None else use(x_BTC, self.weight)
+
+
+def with_weight(module: Any, x: Any, use: Callable[[Any, Tensor], Tensor]) -> Tensor:
+    """use(x, weight), in the module's forward if it is one of the above, and not what somebody put in its place."""
+    return module(x, use) if isinstance(module, (Embedding, Head)) else use(x, module.weight)
+
+
 class GPT(nn.Module):
     """A decoder-only language model.
 
@@ -363,8 +384,8 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.width)
-        self.positions = nn.Embedding(config.context, config.width) if config.position == "learned" else None
+        self.embedding = Embedding(config.vocab_size, config.width)
+        self.positions = Embedding(config.context, config.width) if config.position == "learned" else None
         if config.position == "rotary":
             cos_SD, sin_SD = rotary_tables(config)
             self.register_buffer("cos_SD", cos_SD, persistent=False)
@@ -373,7 +394,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.norm = make_norm(config, config.width)
         # Tied, the head is no parameter of its own: nothing is saved twice.
-        self.head = None if config.tie_embeddings else nn.Linear(config.width, config.vocab_size, bias=False)
+        self.head = None if config.tie_embeddings else Head(config.width, config.vocab_size, bias=False)
         self._init_weights()
 
     def _init_weights(self) -> None:
@@ -440,7 +461,8 @@ class GPT(nn.Module):
         residual_BTC = self.embedding(tokens_BT)
         rotary = None
         if self.positions is not None:
-            residual_BTC = residual_BTC + self.positions.weight[at]
+            # Added in there: a slice of the table would be a view of memory that is freed behind the forward.
+            residual_BTC = with_weight(self.positions, residual_BTC, lambda x_BTC, table_SC: x_BTC + table_SC[at])
         else:
             rotary = self.cos_SD[at], self.sin_SD[at]
         residual_BTC = self.dropout(residual_BTC)
@@ -451,13 +473,19 @@ class GPT(nn.Module):
         x_BTC, _ = add_norm(self.norm, delta_BTC, residual_BTC, self.config.dropout if self.training else 0.0)
         if cache is not None:
             cache.filled = end
-        weight_VC = self.embedding.weight if self.head is None else self.head.weight
-        if targets_BT is not None and self.config.ops == "fastllm":  # the logits are not held whole
-            loss = ops.linear_cross_entropy(
-                x_BTC, weight_VC, targets_BT, ignore_index=IGNORE, reduction=reduction, dtype=torch.float32
-            )
-            return cast("Tensor", loss)
-        logits_BTV = F.linear(x_BTC, weight_VC)
+        head = self.embedding if self.head is None else self.head
+        # An adapter around the head has more to it than a weight.
+        plain = isinstance(head, (Embedding, Head)) or type(head) in (nn.Linear, nn.Embedding)
+        if targets_BT is not None and self.config.ops == "fastllm" and plain:
+
+            def loss(x_BTC: Tensor, weight_VC: Tensor) -> Tensor:  # the logits are not held whole
+                found = ops.linear_cross_entropy(
+                    x_BTC, weight_VC, targets_BT, ignore_index=IGNORE, reduction=reduction, dtype=torch.float32
+                )
+                return cast("Tensor", found)
+
+            return with_weight(head, x_BTC, loss)
+        logits_BTV = with_weight(head, x_BTC, F.linear) if self.head is None else self.head(x_BTC)
         if targets_BT is None:
             return logits_BTV
         return F.cross_entropy(

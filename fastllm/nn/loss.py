@@ -66,6 +66,18 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         return _settings(self, "reduction", "ignore_index", "label_smoothing", "z_loss", "softcap", "inplace")
 
 
+class _Classifier(torch.nn.Linear):
+    """A Linear that computes the loss too: FSDP2 gathers what it shards around `forward` alone."""
+
+    def forward(self, input: Tensor, target: Tensor | None = None, **kwargs: Any) -> Any:
+        """The classes' logits; with targets, their loss."""
+        return super().forward(input) if target is None else _loss(self, input, target, **kwargs)
+
+
+def _loss(linear: torch.nn.Linear, input: Tensor, target: Tensor, **kwargs: Any) -> Tensor | tuple[Tensor, Tensor]:
+    return ops.linear_cross_entropy(input, linear.weight, target, linear_bias=linear.bias, **kwargs)
+
+
 class LinearCrossEntropyLoss(torch.nn.Module):
     """The classifier and its loss on `fastllm.ops.linear_cross_entropy`, arguments and state_dict ("linear.weight",
     "linear.bias", "weight") as `torch.nn.LinearCrossEntropyLoss` of torch 2.13 on.
@@ -99,7 +111,7 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         chunk_size: int | None = None,
     ):
         super().__init__()
-        self.linear = torch.nn.Linear(in_features, num_classes, bias, device, dtype)
+        self.linear: torch.nn.Linear = _Classifier(in_features, num_classes, bias, device, dtype)
         self.register_buffer("weight", weight)
         name = "LinearCrossEntropyLoss"
         self.reduction = reduction
@@ -114,20 +126,18 @@ class LinearCrossEntropyLoss(torch.nn.Module):
     def forward(self, input: Tensor, target: Tensor, **kwargs: Any) -> Tensor | tuple[Tensor, Tensor]:
         """The loss of hidden states (..., H) and targets (...); `num_valid`, `dtype`, `return_logprobs` and
         `process_group` as `fastllm.ops.linear_cross_entropy`."""
-        return ops.linear_cross_entropy(
-            input,
-            self.linear.weight,
-            target,
-            linear_bias=self.linear.bias,
-            weight=self.weight,
-            reduction=self.reduction,
-            ignore_index=self.ignore_index,
-            label_smoothing=self.label_smoothing,
-            z_loss=self.z_loss,
-            softcap=self.softcap,
-            chunk_size=self.chunk_size,
-            **kwargs,
-        )
+        kwargs |= {
+            "weight": self.weight,
+            "reduction": self.reduction,
+            "ignore_index": self.ignore_index,
+            "label_smoothing": self.label_smoothing,
+            "z_loss": self.z_loss,
+            "softcap": self.softcap,
+            "chunk_size": self.chunk_size,
+        }
+        if isinstance(self.linear, _Classifier):
+            return self.linear(input, target, **kwargs)
+        return _loss(self.linear, input, target, **kwargs)  # somebody put another there
 
     def extra_repr(self) -> str:
         return _settings(self, "reduction", "ignore_index", "label_smoothing", "z_loss", "softcap", "chunk_size")

@@ -84,6 +84,10 @@ LIBRARY.define(
     "Tensor? lr_tensor, bool steps_apart, float lr, float beta1, float beta2, float weight_decay, float eps, "
     "float max_norm, bool maximize, bool stochastic, int seed) -> ()"
 )
+torch.library.register_fake(
+    "fastllm::adamw_table", lambda params, *rest: torch.empty(0, 0, dtype=torch.int64), lib=LIBRARY
+)
+torch.library.register_fake("fastllm::adamw_table_step", lambda *args: None, lib=LIBRARY)
 make_table, table_step = torch.ops.fastllm.adamw_table.default, torch.ops.fastllm.adamw_table_step.default
 TABLE_GRAD = 1  # the column of the gradients' addresses
 
@@ -91,6 +95,15 @@ TABLE_GRAD = 1  # the column of the gradients' addresses
 def has_tables(device: torch.device) -> bool:
     """Whether the kernels of this device are there."""
     return device.type.upper() in step_op.built
+
+
+_MODES = (torch._C.DispatchKey.Python, torch._C.DispatchKey.PreDispatch, torch._C.DispatchKey.Functionalize)
+
+
+def traced() -> bool:
+    """Whether every op is looked at: by FakeTensorMode, whose tensors hold no numbers, or by make_fx, which must see
+    what is written."""
+    return any(map(torch._C._dispatch_tls_is_dispatch_key_included, _MODES))
 
 
 BLOCK, SPARSE = reference.BLOCK, reference.SPARSE

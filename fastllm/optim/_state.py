@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastllm.ops.adamw import BLOCK, dequantize, join, quantize, split
+from fastllm.ops.adamw import BLOCK, dequantize, join, quantize, split, traced
 
 SMALL = 2**16  # elements
 SHORT = (torch.bfloat16, torch.float16)
@@ -65,22 +64,28 @@ def fill(params: Sequence[Tensor], states: Sequence[dict[str, Tensor]], options:
 
 
 def zeros(likes: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """torch.zeros_like(x, dtype=dtype) of each. Small ones of a device are views of one tensor: thousands of them, each
-    between its own data, would cost a step more time to find than to update."""
-    found: list[Tensor] = [torch.empty(0)] * len(likes)
-    small: dict[torch.device, list[int]] = {}
-    for i, like in enumerate(likes):
-        if type(like) in (Tensor, torch.nn.Parameter) and like.numel() <= SMALL and like.is_contiguous():
-            small.setdefault(like.device, []).append(i)
-        else:
-            found[i] = torch.zeros_like(like, dtype=dtype)
-    for device, places in small.items():
-        # Every view starts at a multiple of 64 elements, as aligned as a tensor of its own.
-        lengths = [-(-likes[i].numel() // 64) * 64 for i in places]
-        shared = torch.zeros(sum(lengths), dtype=dtype, device=device)
-        for i, start in zip(places, itertools.accumulate(lengths, initial=0), strict=False):
-            found[i] = shared.as_strided(likes[i].shape, likes[i].stride(), start)
+    """torch.zeros_like(x, dtype=dtype) of each. Small ones are made empty first and given memory afterwards, so that
+    what describes thousands of them lies close together: between their data, a step would take longer to find it than
+    to update. Each has memory of its own, so that saving or copying the state of one parameter costs just that."""
+    whole = torch.compiler.is_compiling() or traced()
+
+    def first(x: Tensor) -> Tensor:
+        if type(x) in (Tensor, torch.nn.Parameter) and x.numel() <= SMALL and x.is_contiguous() and not whole:
+            return torch.empty(0, dtype=dtype, device=x.device)
+        return torch.zeros_like(x, dtype=dtype)
+
+    found = list(map(first, likes))
+    for x, like in zip(found, likes, strict=True):
+        if x.shape != like.shape:
+            x.resize_(like.shape).zero_()
     return found
+
+
+def _own(x: Any) -> Any:
+    """A tensor that is a part of a larger memory, as checkpoints may hold them, as one with memory of its own."""
+    if type(x) is Tensor and x.layout == torch.strided and x.untyped_storage().nbytes() > x.nbytes:
+        return x.clone()
+    return x
 
 
 def adopt(param: Tensor, saved: Mapping[str, Any], options: Options) -> dict[str, Any]:
@@ -97,7 +102,7 @@ def adopt(param: Tensor, saved: Mapping[str, Any], options: Options) -> dict[str
                 "load 8-bit moments into a fastllm.optim.AdamW without moment_dtype first, then that into torch's"
             )
     kept = {"master": torch.float32, "remainder": torch.int16}
-    saved = {key: value for key, value in saved.items() if key not in kept or value.dtype == kept[key]}
+    saved = {key: _own(value) for key, value in saved.items() if key not in kept or value.dtype == kept[key]}
     for key, value in saved.items():
         if key == "step":
             device = param.device if options.step_on_device else "cpu"
@@ -134,7 +139,7 @@ def adopt(param: Tensor, saved: Mapping[str, Any], options: Options) -> dict[str
         elif "master" in saved:
             # Only right if the parameter is what this master rounds to, as it is after loading both.
             weight, remainder = split(saved["master"].to(param.device))
-            if torch.equal(weight, param.detach()):
+            if traced() or torch.equal(weight, param.detach()):
                 state["remainder"] = remainder
     return state
 

@@ -15,7 +15,7 @@ from fastllm.backends import layout as layout_of
 from fastllm.backends import steered
 from fastllm.ops._arguments import number
 from fastllm.ops._sharding import dtensor
-from fastllm.ops.adamw import SPARSE, TABLE_GRAD, grad_norm, has_tables, make_table, step_op, table_step
+from fastllm.ops.adamw import SPARSE, TABLE_GRAD, grad_norm, has_tables, make_table, step_op, table_step, traced
 from fastllm.optim import _state
 from fastllm.optim._overlap import check_overlap
 
@@ -156,9 +156,10 @@ class AdamW(torch.optim.AdamW):
 
     The constructor, param_groups and state_dict are torch's, and checkpoints load in both directions (those with 8-bit
     moments by way of an AdamW without moment_dtype; torch ignores masters). The arithmetic is in float32 whatever the
-    parameters' dtype, in torch's order. In float32 on a CPU with AVX2 or AVX-512 it has the bits of torch's fused
-    kernel, but for the last numel mod 16 elements of a parameter: torch's compiler may round their second moment once
-    less a step. (torch's per-tensor loop rounds one root in 160 the other way.) Sources: Loshchilov and Hutter,
+    parameters' dtype, in torch's order. In float32 on a CPU where torch uses AVX2 or AVX-512 it has the bits of torch's
+    fused kernel, but for the last numel mod 16 elements of a parameter: torch's compiler may round their second moment
+    once less. There, and everywhere if torch uses neither, the last bits may differ. (torch's per-tensor loop rounds
+    one root in 160 the other way.) Sources: Loshchilov and Hutter,
     "Decoupled Weight Decay Regularization", 2019; for 8-bit moments Dettmers et al., "8-bit Optimizers via Block-wise
     Quantization", 2022.
 
@@ -184,12 +185,16 @@ class AdamW(torch.optim.AdamW):
     Args:
         params, lr, betas, eps, weight_decay, amsgrad, maximize, capturable: as torch's. A tensor lr on a GPU is read
             there, without a sync.
-        foreach, fused: accepted, and both run the same fused kernel; as in torch, `fused` (or `capturable`) keeps
-            `step` on the parameter's device. Without either, a GradScaler's verdict on infinities is waited for.
+        foreach, fused: accepted, and the kernel is the same with or without. As in torch, `fused` (or `capturable`)
+            keeps `step` on the parameter's device, and with `fused` a GradScaler hands its scale and its verdict on
+            infinities to the step, which divides the gradients on the way and waits for nothing. Without it, the
+            scaler divides the gradients first and leaves out a step that would do harm, and whoever clips in between
+            (Lightning) or asks whether a step was left out (Accelerate) is served.
         differentiable: refused; use torch.optim.AdamW.
         max_norm: clip the norm of all gradients together to this, as `torch.nn.utils.clip_grad_norm_` before the step
             does, but on the way: the gradients are read once for the norm, and not written. The norm before clipping
-            is in `grad_norm` after the step; infinity only measures it. Default: neither.
+            is in `grad_norm` after the step; infinity only measures it. As there, a norm that overflows clips all to
+            zero. Default: neither.
         skip_nonfinite: with max_norm, a step whose norm is infinite or NaN changes nothing. Whoever wants to know looks
             at `grad_norm`.
         master_weights: for parameters of 16 bits. "float32" keeps what they are rounded from, under state key "master";
@@ -203,6 +208,10 @@ class AdamW(torch.optim.AdamW):
         moment_dtype: of m and v: a floating dtype, or torch.uint8 for blocks of 256 elements that share a scale, in 8
             bits each (keys "exp_avg_code", "exp_avg_scale", "exp_avg_sq_code", "exp_avg_sq_scale"; not with amsgrad,
             nor for DTensors). Default: as torch, the parameter's; float32 with master_weights.
+            A gradient whose square is infinite in float32 stops its parameter for good, and one that is infinite or NaN
+            makes it NaN: its own alone, as in torch. In 8 bits too: a scale is that of the finite elements of its
+            block, and negative to say that there are others. But a finite outlier takes its block's resolution: second
+            moments below 1e-7 of the largest are kept as some 1e-8 of it, first ones as zero.
         seed: of stochastic_rounding.
 
     Attributes:
@@ -214,8 +223,7 @@ class AdamW(torch.optim.AdamW):
         RuntimeError: at a step, for sparse gradients.
     """
 
-    _step_supports_amp_scaling = True
-    grad_scale: Tensor | None  # set by a GradScaler while it calls step
+    grad_scale: Tensor | None  # set by a GradScaler while it calls step, if `fused`
     found_inf: Tensor | None
 
     def __init__(
@@ -324,8 +332,8 @@ class AdamW(torch.optim.AdamW):
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ["max_norm", "skip_nonfinite", "master_weights", "stochastic_rounding", "moment_dtype", "seed"]
-        kept += ["grad_norm", "_loading", "_made"]
-        return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}}
+        kept += ["grad_norm", "_loading", "_made", "_step_supports_amp_scaling"]  # the last is torch's, if `fused`
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept if name in self.__dict__}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -391,7 +399,7 @@ class AdamW(torch.optim.AdamW):
                 raise RuntimeError(SPARSE)
             norm = self.grad_norm = _total_norm(batches, grad_scale)
             if self.skip_nonfinite:
-                bad = (~norm.isfinite()).float()
+                bad = (norm * 0 != 0).float()  # NaN, of what is not finite
                 found_inf = bad if found_inf is None else bad + found_inf.to(bad.device)
         for batch in batches:
             self._run(batch, norm, grad_scale, found_inf)
@@ -425,7 +433,9 @@ class AdamW(torch.optim.AdamW):
         """The kernels' table of a batch, made when any of its tensors is another or has moved; None if it needs more
         than that. Only the gradients' addresses are expected to change: they are new at every step."""
         device = batch.tensors[0].device
-        if batch.special or layout_of is None or steered() or torch.compiler.is_compiling() or not has_tables(device):
+        if batch.special or layout_of is None or steered() or torch.compiler.is_compiling() or traced():
+            return None
+        if not has_tables(device):
             return None
         try:
             layout, grads = layout_of(*lists)
@@ -450,7 +460,10 @@ class AdamW(torch.optim.AdamW):
     def _run(self, batch: _Batch, norm: Tensor | None, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         group, device = batch.group, batch.tensors[0].device
         steps = batch.get("step")
-        if steps[0].device != device and (group["capturable"] or group["fused"]):  # asked for after the first step
+        lr, (beta1, beta2) = group["lr"], group["betas"]
+        unknown = traced() or device.type == "meta"  # the numbers in tensors
+        # Asked for after the first step, or for want of a host that could decide about it.
+        if steps[0].device != device and (group["capturable"] or group["fused"] or (unknown and found_inf is not None)):
             for state in batch.states:
                 state["step"] = state["step"].to(device)
             steps = batch.get("step")
@@ -473,8 +486,9 @@ class AdamW(torch.optim.AdamW):
             if found_inf.item():
                 return
             found_inf = None
-        lr, (beta1, beta2) = group["lr"], group["betas"]
-        on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"
+        on_device = isinstance(lr, Tensor) and (
+            lr.device.type != "cpu" or (unknown and (lr.dtype == torch.float32 or type(lr) is not Tensor))
+        )
         scalars = (norm, grad_scale, found_inf, lr if on_device else None)
         # To the CPU, the copy must have arrived before it is read.
         wait_not = device.type != "cpu"

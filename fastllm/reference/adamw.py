@@ -21,9 +21,10 @@ SPARSE = "AdamW does not support sparse gradients; consider torch.optim.SparseAd
 
 
 def adamw_norm(grads: list[Tensor]) -> Tensor:
-    """sqrt(sum of all squares), 0-d float32 (float64 if a gradient is)."""
+    """sqrt(sum of all squares), 0-d float32 (float64 if a gradient is): infinite where a square is infinite there."""
     acc = torch.float64 if any(grad.dtype == torch.float64 for grad in grads) else torch.float32
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad.double()) for grad in grads])).to(acc)
+    wide = [grad.to(torch.promote_types(grad.dtype, torch.float32)) for grad in grads]
+    return torch.stack([grad.square().sum(dtype=torch.float64) for grad in wide]).sum().sqrt().to(acc)
 
 
 def adamw_step(
@@ -97,7 +98,8 @@ def adamw_step(
         p = torch.addcdiv(p, m, denominator, value=-(lr / (1 - beta1**t)))
 
         if quantized:
-            code, scale = encode(m, signed=True)
+            # An element whose second moment is infinite has stopped: its first would take the resolution of others.
+            code, scale = encode(torch.where(v.isinf() & m.isfinite(), 0.0, m), signed=True)
             layout.write(exp_avgs[i], code)
             exp_avg_scales[i].copy_(scale)
             code, scale = encode(v, signed=False)
@@ -200,29 +202,33 @@ def _scales(k: Tensor, first: int) -> Tensor:
 
 
 def decode(code: Tensor, scale: Tensor, signed: bool) -> Tensor:
-    """(n,) float32 from (n,) uint8 and a float32 for each `BLOCK` of them."""
+    """(n,) float32 from (n,) uint8 and a float32 for each `BLOCK` of them, negative where some are not finite."""
     code = code.int()
     k = torch.where(code > 128, code - 128, code) if signed else code + 1
-    top = 128 if signed else 256
     bits = k.float().view(torch.int32)
     exponent = (bits >> 23) - 127
     fraction = (bits & 0x7FFFFF | 0x3F800000).view(torch.float32) - 1
     half_part = (126 - exponent << 23).view(torch.float32)
     value = _scales(k, 1 if signed else 2) * ((fraction + half_part) * 0.9 + 0.1)
-    value = torch.where(k == top, 1.0, value)
     value = torch.where(code == 0, 0.0, value)
     if signed:
         value = torch.where(code > 128, -value, value)
-    return value * scale.repeat_interleave(BLOCK)[: len(code)]
+    scale = scale.repeat_interleave(BLOCK)[: len(code)]
+    size = torch.where(scale < 0, -scale, scale)
+    one = torch.where(scale < 0, float("nan") if signed else float("inf"), size)
+    return torch.where(code == (128 if signed else 255), one, value * size)
 
 
 def encode(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
-    """(n,) uint8 and the float32 largest magnitude of each block of (n,) float32."""
+    """(n,) uint8 and a float32 for each block of (n,) float32: the largest finite magnitude, negative (and -1 if that
+    is 0) where some are not finite, which the code of the largest stands for then."""
     x = x.float()
-    blocks = torch.nn.functional.pad(x, (0, -len(x) % BLOCK)).view(-1, BLOCK)
-    scale = blocks.abs().amax(1)
-    y = torch.where(scale[:, None] == 0, 0.0, blocks / scale[:, None]).flatten()[: len(x)]
-    negative, y = y < 0, y.abs()
+    finite = torch.nn.functional.pad(x.isfinite(), (0, -len(x) % BLOCK), value=True).view(-1, BLOCK).all(1)
+    magnitude = torch.where(x.isfinite(), x.abs(), 0.0)
+    largest = torch.nn.functional.pad(magnitude, (0, -len(x) % BLOCK)).view(-1, BLOCK).amax(1)
+    scale = torch.where(finite, largest, torch.where(largest > 0, -largest, -1.0))
+    size = scale.abs().repeat_interleave(BLOCK)[: len(x)]
+    y = torch.where(size == 0, 0.0, magnitude / size)
     first, top = (1, 128) if signed else (2, 256)
     multiplier, parts = torch.full_like(y, 1e6), torch.full_like(y, first)
     for i in range(1, 7):
@@ -231,10 +237,11 @@ def encode(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
         parts = torch.where(inside, float(first << i), parts)
     part = (y * multiplier - 0.1) * (1 / 0.9) * parts
     k = (torch.where(part > 0, part, 0.0) + parts).int().clamp(max=top - 1)
-    k = torch.where(y >= 1, top, k)
+    one = torch.where(scale < 0, top - 1, top).repeat_interleave(BLOCK)[: len(x)].int()
+    k = torch.where(y >= 1, one, k)
     if signed:
-        code = torch.where(negative, torch.where(k == top, 255, k + 128), k)
+        code = torch.where(x < 0, torch.where(k == top, 255, k + 128), k)
         code = torch.where(y >= torch.tensor(1e-7), code, 0)
     else:
-        code = torch.where(y > 0, k - 1, 0)
-    return code.to(torch.uint8), scale
+        code = torch.where(magnitude > 0, k - 1, 0)
+    return torch.where(x.isfinite(), code, 128 if signed else 255).to(torch.uint8), scale

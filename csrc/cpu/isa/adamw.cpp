@@ -227,26 +227,29 @@ void read_codes(Block& block, const void* base, const float* scales, int64_t off
   __builtin_memcpy(codes, static_cast<const uint8_t*>(base) + offset, n);
   const float scale = scales[offset / kAdamwBlock];
   for_each_padded(
-      n, [&](int64_t i) { store(block.values + i, adamw_decode<Ops, kSigned>(load_bits<VecU8>(codes + i)) * scale); });
+      n, [&](int64_t i) { store(block.values + i, adamw_decode<Ops, kSigned>(load_bits<VecU8>(codes + i), scale)); });
 }
 
 template <bool kSigned>
 void write_codes(const Block& block, void* base, float* scales, int64_t offset, int64_t n) {
   Vec largest = {};
+  VecI32 all_finite = largest == largest;
   for_each_padded(n, [&](int64_t i) {
     const Vec x = block.get(i), magnitude = x < 0.0f ? -x : x;
-    largest = magnitude > largest || magnitude != magnitude ? magnitude : largest;  // a NaN stays: nothing exceeds it
+    const VecI32 finite = magnitude <= kAdamwLargest;
+    largest = finite & (magnitude > largest) ? magnitude : largest;
+    all_finite &= finite;
   });
-  float scale = 0.0f;
+  float most = 0.0f;
+  bool finite = true;
   for (int lane = 0; lane < kLanes; ++lane) {
-    scale = largest[lane] > scale || largest[lane] != largest[lane] ? largest[lane] : scale;
+    most = largest[lane] > most ? largest[lane] : most;
+    finite = finite && all_finite[lane] != 0;
   }
+  const float scale = adamw_block_scale(most, finite);
   scales[offset / kAdamwBlock] = scale;
   uint8_t codes[kAdamwBlock];
-  for_each_padded(n, [&](int64_t i) {
-    const Vec y = scale == 0.0f ? Vec{} : block.get(i) / scale;
-    store_bits<VecU8>(codes + i, adamw_encode<Ops, kSigned>(y));
-  });
+  for_each_padded(n, [&](int64_t i) { store_bits<VecU8>(codes + i, adamw_encode<Ops, kSigned>(block.get(i), scale)); });
   __builtin_memcpy(static_cast<uint8_t*>(base) + offset, codes, n);
 }
 
@@ -358,6 +361,7 @@ void step_block(
     }
     // What lies past n must not reach the scales.
     store(param.values + i, e.param);
+    e.exp_avg = types.quantized ? adamw_first_moment<Ops>(e.exp_avg, e.exp_avg_sq) : e.exp_avg;
     store(exp_avg.values + i, n - i < kLanes ? inside(e.exp_avg, n - i) : e.exp_avg);
     store(exp_avg_sq.values + i, n - i < kLanes ? inside(e.exp_avg_sq, n - i) : e.exp_avg_sq);
   });

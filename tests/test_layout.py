@@ -78,7 +78,7 @@ ALLOWED = {
     "reference": set(),
     "ops": {"backends", "reference", "kernels", "tracing"},
     "nn": {"ops", "tracing"},
-    "optim": {"ops", "backends"},
+    "optim": {"ops", "backends", "tracing"},
     "models": {"nn", "ops"},
     "data": {"_extras"},
     "patching": {"ops", "backends", "testing", "tracing"},

@@ -97,15 +97,6 @@ def has_tables(device: torch.device) -> bool:
     return device.type.upper() in step_op.built
 
 
-_MODES = (torch._C.DispatchKey.Python, torch._C.DispatchKey.PreDispatch, torch._C.DispatchKey.Functionalize)
-
-
-def traced() -> bool:
-    """Whether every op is looked at: by FakeTensorMode, whose tensors hold no numbers, or by make_fx, which must see
-    what is written."""
-    return any(map(torch._C._dispatch_tls_is_dispatch_key_included, _MODES))
-
-
 BLOCK, SPARSE = reference.BLOCK, reference.SPARSE
 join, split = reference.join, reference.split
 

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastllm.ops.adamw import BLOCK, dequantize, join, quantize, split, traced
+from fastllm.ops.adamw import BLOCK, dequantize, join, quantize, split
+from fastllm.tracing import traced
 
 SMALL = 2**16  # elements
 SHORT = (torch.bfloat16, torch.float16)

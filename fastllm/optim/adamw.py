@@ -15,9 +15,10 @@ from fastllm.backends import layout as layout_of
 from fastllm.backends import steered
 from fastllm.ops._arguments import number
 from fastllm.ops._sharding import dtensor
-from fastllm.ops.adamw import SPARSE, TABLE_GRAD, grad_norm, has_tables, make_table, step_op, table_step, traced
+from fastllm.ops.adamw import SPARSE, TABLE_GRAD, grad_norm, has_tables, make_table, step_op, table_step
 from fastllm.optim import _state
 from fastllm.optim._overlap import check_overlap
+from fastllm.tracing import traced
 
 
 class _Plan(NamedTuple):

@@ -69,7 +69,7 @@ def test_end_of_text_is_one_token():
 
 def test_long_text_is_encoded_in_pieces(monkeypatch):
     tokenizer = data.train_tokenizer([TEXT], 300)
-    monkeypatch.setattr(data.text, "_CHUNK", 7)
+    monkeypatch.setattr(data.tokenizer, "_CHUNK", 7)
     assert data.decode(tokenizer, data.encode(tokenizer, TEXT)) == TEXT
 
 

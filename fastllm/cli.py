@@ -151,6 +151,16 @@ def _check_length(text: str, tokens: int, context: int, option: str) -> None:
         )
 
 
+def _check_tokenizer(path: str | Path, tokenizer: Any, config: Any) -> None:
+    from fastllm import data
+
+    size = data.vocabulary_size(tokenizer)
+    if size > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer of {path} is another model's: it has {size} tokens, the model {config.vocab_size}"
+        )
+
+
 def _train(args: argparse.Namespace) -> int:
     import torch
 
@@ -188,7 +198,8 @@ def _train(args: argparse.Namespace) -> int:
         if args.document_mask is not None and args.document_mask != masked and (masked or several):
             flag = "--document-mask" if args.document_mask else "--no-document-mask"
             raise ValueError(f"{flag} cannot be given with --resume: {found} is one {'with' if masked else 'without'}")
-        tokenizer = checkpoint.load_checkpoint_tokenizer(found, config)
+        tokenizer = checkpoint.load_checkpoint_tokenizer(found)
+        _check_tokenizer(found, tokenizer, config)
     else:
         if args.tokenizer is not None:
             tokenizer = data.load_tokenizer(args.tokenizer)
@@ -273,6 +284,7 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     model, tokenizer = checkpoint.load_model(args.checkpoint, device)
     if tokenizer is None:
         raise ValueError(f"{args.checkpoint} has no tokenizer.json")
+    _check_tokenizer(args.checkpoint, tokenizer, model.config)
     return model, tokenizer, device
 
 

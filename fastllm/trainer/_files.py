@@ -42,7 +42,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def reading(path: Path, hint: str = "") -> Iterator[None]:
+def reading(path: Path, hint: str = "", verdict: str = "cannot be loaded") -> Iterator[None]:
     """Opens the file once to see that it can be; then whatever goes wrong is an error that names it.
 
     Raises:
@@ -64,5 +64,5 @@ def reading(path: Path, hint: str = "") -> Iterator[None]:
             what = "it is damaged, or no state of a training run"
         elif isinstance(error, KeyError):
             what = f"it lacks {what}"
-        what = what.removeprefix(f"{path} ").removeprefix("cannot be loaded: ")
-        raise ValueError(f"{path} cannot be loaded: {what[:400]}{hint}") from error
+        what = what.removeprefix(f"{path} ")
+        raise ValueError(f"{path} {verdict}: {what[:400]}{hint}") from error

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastllm._extras import require
-from fastllm.data import load_tokenizer, read_text, vocabulary_size
+from fastllm.data import load_tokenizer, read_text
 from fastllm.models import GPT, GPTConfig
 from fastllm.trainer._files import reading, writing
 from fastllm.trainer.memory import check_memory
@@ -157,10 +157,10 @@ def load_config(path: Path) -> dict[str, Any]:
         ValueError: where it is damaged.
     """
     file = path / "config.json"
-    with reading(file, _before(path)):
+    with reading(file, _before(path), "is not a checkpoint's"):
         config = json.loads(read_text(file))
         if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
-            raise ValueError('it is not a checkpoint\'s: it lacks "model"')
+            raise ValueError('it lacks "model"')
         GPTConfig.from_dict(config["model"])
         return config
 
@@ -195,20 +195,16 @@ def load_state(path: Path) -> dict[str, Any]:
         return state
 
 
-def load_checkpoint_tokenizer(path: Path, config: GPTConfig) -> Tokenizer:
-    """tokenizer.json of the checkpoint at `path`, whose model is of `config`.
+def load_checkpoint_tokenizer(path: Path) -> Tokenizer:
+    """tokenizer.json of the checkpoint at `path`.
 
     Raises:
         OSError: where it cannot be read.
-        ValueError: where it is damaged, or another model's.
+        ValueError: where it is damaged.
     """
     file = path / "tokenizer.json"
     with reading(file, _before(path)):
-        tokenizer = load_tokenizer(file)
-        size = vocabulary_size(tokenizer)
-        if size > config.vocab_size:
-            raise ValueError(f"it has {size} tokens, the model {config.vocab_size}: it is another model's")
-        return tokenizer
+        return load_tokenizer(file)
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[GPT, Tokenizer | None]:
@@ -225,5 +221,5 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[GP
         check_memory(config, torch.device(device))
     model = GPT(config)
     load_weights(path, model)
-    tokenizer = load_checkpoint_tokenizer(path, config) if (path / "tokenizer.json").exists() else None
+    tokenizer = load_checkpoint_tokenizer(path) if (path / "tokenizer.json").exists() else None
     return model.to(device).eval(), tokenizer

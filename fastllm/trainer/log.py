@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import os
+import threading
 from pathlib import Path
 
 from fastllm.trainer._files import writing
@@ -66,8 +67,15 @@ class MetricsLog:
         else:
             from torch.utils.tensorboard import SummaryWriter
 
+            self._hook = threading.excepthook
+            threading.excepthook = self._of_a_thread
             with writing(self._board_path):
                 self._board = SummaryWriter(str(self._board_path), purge_step=step + 1)
+
+    def _of_a_thread(self, args: threading.ExceptHookArgs) -> None:
+        # TensorBoard's own thread meets a full disk first; the next call raises it again, to be said once and in full.
+        if not (isinstance(args.exc_value, OSError) and type(args.thread).__module__.startswith("tensorboard.")):
+            self._hook(args)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Logs `values`, by the names of COLUMNS, as those of step `step`, the first being 1."""
@@ -85,5 +93,9 @@ class MetricsLog:
                 self._file.close()
         finally:
             if self._board is not None:
-                with writing(self._board_path):
-                    self._board.close()
+                try:
+                    with writing(self._board_path):
+                        self._board.flush()
+                        self._board.close()
+                finally:
+                    threading.excepthook = self._hook

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import tempfile
 from pathlib import Path
 from typing import NoReturn
 
@@ -27,8 +28,16 @@ def integer(text: str) -> int:
 integer.__name__ = "int"  # so argparse calls it in an error
 
 
+def _exists(path: Path) -> bool:
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
 def check_folder(path: str | Path, option: str) -> None:
-    """Sees that `path` is a directory that can be written to, or can become one. Makes nothing.
+    """Sees that `path` is a directory that can be written to, or can become one. Leaves nothing there.
 
     Raises:
         OSError: for what stands in the way, by its name.
@@ -37,9 +46,11 @@ def check_folder(path: str | Path, option: str) -> None:
     if not str(path):
         raise ValueError(f"{option} must not be empty")
     folder = Path(path).absolute()
-    while not os.path.lexists(folder):
+    while not _exists(folder):
         folder = folder.parent
     if not folder.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+    try:  # root may write anywhere, so says os.access, in /proc and on a disk that is read-only, too
+        os.rmdir(tempfile.mkdtemp(dir=folder))
+    except OSError as error:
+        raise OSError(error.errno, f"cannot be written to: {error.strerror}", str(folder)) from error

@@ -261,7 +261,9 @@ def _patch(args: argparse.Namespace) -> int:
     transformers = require("transformers", "transformers")
     if not args.model or not (Path(args.model) / "config.json").exists():
         raise ValueError(f"--model: {args.model or '(empty)'} has no config.json")
-    device = resolve_device(args.device or "cpu")
+    if "" in [*(args.only or ()), *(args.exclude or ())]:
+        raise ValueError("--only and --exclude take names, got an empty one")
+    device = resolve_device("cpu" if args.device is None else args.device)
     transformers.utils.logging.set_verbosity_error()
     try:
         config = transformers.AutoConfig.from_pretrained(args.model)
@@ -280,7 +282,7 @@ def _patch(args: argparse.Namespace) -> int:
 def _load(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     from fastllm.trainer import checkpoint, resolve_device
 
-    device = resolve_device(args.device or "auto")
+    device = resolve_device("auto" if args.device is None else args.device)
     model, tokenizer = checkpoint.load_model(args.checkpoint, device)
     if tokenizer is None:
         raise ValueError(f"{args.checkpoint} has no tokenizer.json")
@@ -367,7 +369,7 @@ def _check_environment() -> None:
     if _ext.C is not None:
         try:
             _ext.C.cpu_capability()
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             raise ValueError(f"FASTLLM_CPU_CAPABILITY: {error}") from error
 
 
@@ -380,7 +382,7 @@ def _message(error: BaseException) -> str:
         message = f"not enough memory: {message}"
     elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         message = f"torch.compile: {message[:400]}"
-    return " ".join(message.split())
+    return " ".join(message.split()).encode(errors="backslashreplace").decode()  # names of files need not be text
 
 
 def _expected(error: BaseException) -> bool:

@@ -265,6 +265,7 @@ def _patch(args: argparse.Namespace) -> int:
         raise ValueError("--only and --exclude take names, got an empty one")
     device = resolve_device("cpu" if args.device is None else args.device)
     transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     try:
         config = transformers.AutoConfig.from_pretrained(args.model)
         names = config.architectures or []

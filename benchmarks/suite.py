@@ -24,11 +24,13 @@ from unittest import mock
 import torch
 
 from fastllm import benchmarks
+from fastllm._command import Parser, check_folder, integer
 from fastllm._extras import require
 from fastllm.benchmarks import harness
 from fastllm.benchmarks.harness import FORMAT, Case, Race
 
 SECONDS = {"cpu": 8.0, "cuda": 1.0}  # of timing a case
+MOST_THREADS = 1024
 
 
 def discover() -> dict[str, Callable[[str, bool], list[Case]]]:
@@ -179,14 +181,14 @@ def json_path(given: str, machine: str) -> Path:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="fastllm bench",
         description="Times fastllm's ops against PyTorch eager, torch.compile and what else is installed. Each case is "
         "checked against a float64 truth first; one that fails is not timed, and the exit code is 1.",
     )
     parser.add_argument("ops", nargs="*", metavar="OP", help="default: all")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
-    parser.add_argument("--threads", type=int, help="of the CPU; default: torch's choice")
+    parser.add_argument("--threads", type=integer, help="of the CPU; default: torch's choice")
     parser.add_argument(
         "--json", metavar="PATH", help="write the results to a file, or to <machine>.json in a directory"
     )
@@ -212,8 +214,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for op in args.ops:
         if op not in known:
             return _usage_error(f"unknown op {op!r}; known are {', '.join(sorted(known))}")
-    if args.threads is not None and args.threads < 1:
-        return _usage_error(f"--threads must be at least 1, got {args.threads}")
+    if args.threads is not None and not 1 <= args.threads <= MOST_THREADS:
+        return _usage_error(f"--threads must be at least 1 and at most {MOST_THREADS}, got {args.threads}")
     cases = [case for op in args.ops or sorted(known) for case in known[op](args.device, args.quick)]
     if args.list:
         print("\n".join(f"{case.op:<16} {case.name}" for case in cases))
@@ -222,6 +224,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _usage_error("--device cuda: torch sees no GPU")
     for module in ("pytest", "pytest_benchmark", *(("matplotlib",) if args.report else ())):
         require(module, "bench")
+
+    if args.report is not None:
+        check_folder(args.report, "--report")
+    if args.json is not None:
+        path = json_path(args.json, "machine")
+        check_folder(path.parent if args.json else "", "--json")
+        if path.exists():
+            path.open("a").close()
 
     with harness.quiet_machine(args.threads):
         data = {"format": FORMAT, **harness.environment(args.device)}

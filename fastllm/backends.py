@@ -398,4 +398,11 @@ def explain(op: str | Callable, *args, **kwargs) -> Explanation:
     return explanation
 
 
-_set_state(_check_name(os.environ.get("FASTLLM_BACKEND") or None, "FASTLLM_BACKEND"), None)
+try:
+    _set_state(_check_name(os.environ.get("FASTLLM_BACKEND") or None, "FASTLLM_BACKEND"), None)
+except ValueError as error:
+    # The command line says it in one line. It has no say yet: its own module is imported after this one.
+    started = " ".join(sys.orig_argv).partition(" -m ")[2] if sys.argv[:1] == ["-m"] else "".join(sys.argv[:1])
+    if os.path.basename(started.partition(" ")[0]).partition(".")[0] != "fastllm":
+        raise
+    sys.exit(f"fastllm: error: {error}")

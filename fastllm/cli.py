@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import math
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
+
+from fastllm._command import Parser, check_folder, integer
 
 PRESETS = ("gpt2", "llama")
 VOCAB_SIZE = 2048
@@ -39,21 +40,18 @@ TRAIN_FLAGS = {
     "keep": "checkpoints to keep, 0 for all",
     "sample_every": "steps between samples, 0 for none",
     "sample_prompt": "what samples continue",
+    "sample_tokens": "tokens of a sample, at most what the context takes unless given",
     "seed": "of weights, dropout, data and samples",
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"fastllm: error: {message} (see {self.prog} --help)\n")
-
-
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """The parser of every command but `bench`, which has one of its own."""
     from fastllm._version import __version__
 
-    parser = _Parser(prog="fastllm", description="Fused kernels for training and running language models.")
-    parser.add_argument("--version", action="version", version=f"fastllm {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    everything = Parser(prog="fastllm", description="Fused kernels for training and running language models.")
+    everything.add_argument("--version", action="version", version=f"fastllm {__version__}")
+    commands = everything.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     info = commands.add_parser("info", help="what is installed, what was built, and what runs on this machine")
     info.add_argument("--json", action="store_true", help="one JSON object")
@@ -67,14 +65,14 @@ def _parser() -> argparse.ArgumentParser:
     patch.add_argument("--device", help="as torch.device (default cpu)")
 
     train = commands.add_parser("train", help="train a GPT on text files")
-    train.add_argument("--text", nargs="+", required=True, metavar="FILE", help="UTF-8 text")
+    train.add_argument("--text", nargs="+", required=True, metavar="FILE", help="UTF-8 text, line ends as they are")
     train.add_argument("--out", default="runs/train", metavar="DIR", help="default %(default)s")
     train.add_argument(
         "--resume", action="store_true", help="go on from the newest checkpoint in --out, with the same --text"
     )
     train.add_argument("--validation", type=float, default=0.05, help="the last part of the text (default %(default)s)")
     train.add_argument("--tokenizer", metavar="JSON", help="use this tokenizer instead of training one")
-    train.add_argument("--vocab-size", type=int, help=f"of the tokenizer to train (default {VOCAB_SIZE})")
+    train.add_argument("--vocab-size", type=integer, help=f"of the tokenizer to train (default {VOCAB_SIZE})")
     train.add_argument(
         "--document-mask",
         action=argparse.BooleanOptionalAction,
@@ -83,38 +81,39 @@ def _parser() -> argparse.ArgumentParser:
     model = train.add_argument_group("model")
     model.add_argument("--preset", choices=PRESETS, help="architecture (default llama)")
     for name, (default, text) in MODEL_FLAGS.items():
-        kind = float if name == "dropout" else int
+        kind: Any = float if name == "dropout" else integer
         model.add_argument(_flag(name), type=kind, help=f"{text} (default {'--heads' if default is None else default})")
     training = train.add_argument_group("training")
     from_config = {field.name: field for field in dataclasses.fields(_train_config())}
     for name, text in TRAIN_FLAGS.items():
         default = from_config[name].default
-        training.add_argument(_flag(name), type=type(default), help=f"{text} (default {default!r})")
+        kind = integer if isinstance(default, int) else type(default)
+        training.add_argument(_flag(name), type=kind, help=f"{text} (default {default!r})")
     training.add_argument("--bf16", action="store_const", const="bfloat16", dest="precision", help="bfloat16 autocast")
     training.add_argument("--compile", action="store_const", const=True, help="run the model through torch.compile")
     _add_place(train)
 
     evaluate = commands.add_parser("eval", help="the loss of a checkpoint on text files")
     evaluate.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a directory with some")
-    evaluate.add_argument("--text", nargs="+", required=True, metavar="FILE", help="UTF-8 text")
-    evaluate.add_argument("--batch-size", type=int, default=16)
+    evaluate.add_argument("--text", nargs="+", required=True, metavar="FILE", help="UTF-8 text, line ends as they are")
+    evaluate.add_argument("--batch-size", type=integer, default=16)
     _add_place(evaluate)
 
     generate = commands.add_parser("generate", help="continue a prompt")
     generate.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or a directory with some")
     generate.add_argument("--prompt", required=True)
-    generate.add_argument("--max-new-tokens", type=int, help="default: what the context takes, at most 200")
+    generate.add_argument("--max-new-tokens", type=integer, help="default: what the context takes, at most 200")
     generate.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default %(default)s)")
-    generate.add_argument("--top-k", type=int, help="keep the k most likely tokens")
+    generate.add_argument("--top-k", type=integer, help="keep the k most likely tokens")
     generate.add_argument("--top-p", type=float, help="keep the most likely tokens up to this probability")
-    generate.add_argument("--seed", type=int, help="the same seed gives the same text")
+    generate.add_argument("--seed", type=integer, help="the same seed gives the same text")
     _add_place(generate)
 
     demo = commands.add_parser("demo", help="train a small GPT on Python's help texts and time it against PyTorch")
-    demo.add_argument("--steps", type=int)
-    demo.add_argument("--rounds", type=int, help="timed steps of each kind")
+    demo.add_argument("--steps", type=integer)
+    demo.add_argument("--rounds", type=integer, help="timed steps of each kind")
     demo.add_argument("--out", metavar="DIR")
-    return parser
+    return everything
 
 
 def _train_config() -> type:
@@ -138,54 +137,98 @@ def _given(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
 
 def _read(files: Sequence[str]) -> str:
     from fastllm import data
-    from fastllm.data.text import END_OF_TEXT
 
-    return END_OF_TEXT.join(data.read_text(file) for file in files)
+    if "" in files:
+        raise ValueError("--text must not be empty")
+    return data.END_OF_TEXT.join(data.read_text(file) for file in files)
+
+
+def _check_length(text: str, tokens: int, context: int, option: str) -> None:
+    if tokens < context + 1:
+        raise ValueError(
+            f"a window of --context {context} tokens and their targets needs {context + 1} tokens, the text has only "
+            f"{tokens} in the {len(text):,} characters {option}"
+        )
+
+
+def _check_tokenizer(path: str | Path, tokenizer: Any, config: Any) -> None:
+    from fastllm import data
+
+    size = data.vocabulary_size(tokenizer)
+    if size > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer of {path} is another model's: it has {size} tokens, the model {config.vocab_size}"
+        )
 
 
 def _train(args: argparse.Namespace) -> int:
     import torch
 
     from fastllm import data
-    from fastllm.data.text import END_OF_TEXT
     from fastllm.models import GPT, GPTConfig
-    from fastllm.trainer import TrainConfig, Trainer, checkpoint
+    from fastllm.trainer import TrainConfig, Trainer, check_memory, checkpoint, resolve_device, saved_config
 
-    text = _read(args.text)
-    several = END_OF_TEXT in text
-    text, held_out = data.split_text(text, args.validation)
+    check_folder(args.out, "--out")
     model_flags = _given(args, list(MODEL_FLAGS))
     train_flags = _given(args, [*TRAIN_FLAGS, "precision", "compile", "device"])
     if args.resume:
         for name in _given(args, ["preset", "tokenizer", "vocab_size"]):
             raise ValueError(f"{_flag(name)} cannot be given with --resume: it is the checkpoint's")
         found = checkpoint.find_checkpoint(args.out)
-        saved = checkpoint.load_config(found)
-        config = GPTConfig.from_dict(saved["model"])
+        config = GPTConfig.from_dict(checkpoint.load_config(found)["model"])
         for name, value in model_flags.items():
             if value != getattr(config, name):
                 raise ValueError(f"{_flag(name)} {value} differs from the {getattr(config, name)} of {found}")
+        train = dataclasses.replace(saved_config(found), **train_flags, out=args.out)
+    else:
+        if args.tokenizer is not None and args.vocab_size is not None:
+            raise ValueError("--vocab-size cannot be given with --tokenizer: it is the tokenizer's")
+        defaults = {name: default for name, (default, _) in MODEL_FLAGS.items()}
+        make = GPTConfig.gpt2 if args.preset == "gpt2" else GPTConfig.llama
+        config = make(vocab_size=data.BYTES + 1, **{**defaults, **model_flags})  # as small as there is, for now
+        train = TrainConfig(**train_flags, out=args.out)
+    device = resolve_device(train.device)
+    check_memory(config, device, batch_size=train.batch_size, accumulate=train.accumulate)
+
+    text = _read(args.text)
+    several = data.END_OF_TEXT in text
+    text, held_out = data.split_text(text, args.validation)
+    if args.resume:
         masked = config.document_token is not None
         if args.document_mask is not None and args.document_mask != masked and (masked or several):
             flag = "--document-mask" if args.document_mask else "--no-document-mask"
             raise ValueError(f"{flag} cannot be given with --resume: {found} is one {'with' if masked else 'without'}")
-        tokenizer = data.load_tokenizer(found / "tokenizer.json")
-        train = TrainConfig(**{**saved["train"], **train_flags, "out": args.out})
+        tokenizer = checkpoint.load_checkpoint_tokenizer(found)
+        _check_tokenizer(found, tokenizer, config)
     else:
-        if args.tokenizer:
+        if args.tokenizer is not None:
             tokenizer = data.load_tokenizer(args.tokenizer)
         else:
             tokenizer = data.train_tokenizer([text], VOCAB_SIZE if args.vocab_size is None else args.vocab_size)
-        defaults = {name: default for name, (default, _) in MODEL_FLAGS.items()}
-        make = GPTConfig.gpt2 if args.preset == "gpt2" else GPTConfig.llama
+        document_token = data.document_token(tokenizer)
+        if document_token is None and (args.document_mask or (several and args.document_mask is None)):
+            raise ValueError(
+                f"{args.tokenizer} has no special token {data.END_OF_TEXT}, by which documents are told apart: add it, "
+                "or give --no-document-mask, which takes it for text like any other"
+            )
         masked = several and args.document_mask is not False
-        config = make(
-            vocab_size=tokenizer.get_vocab_size(),
-            document_token=tokenizer.token_to_id(END_OF_TEXT) if masked else None,
-            **{**defaults, **model_flags},
+        config = dataclasses.replace(
+            config,
+            vocab_size=data.vocabulary_size(tokenizer),
+            document_token=document_token if masked else None,
         )
-        train = TrainConfig(**train_flags, out=args.out)
+        check_memory(config, device, batch_size=train.batch_size, accumulate=train.accumulate)
     tokens, held_out_tokens = data.encode(tokenizer, text), data.encode(tokenizer, held_out)
+    _check_length(text, len(tokens), config.context, "to train on: give more text, or a smaller --context")
+    _check_length(
+        held_out,
+        len(held_out_tokens),
+        config.context,
+        f"to validate on (--validation {args.validation}): give more text, a larger --validation, or smaller --context",
+    )
+    if train.sample_every and args.sample_tokens is None and not args.resume:
+        room = config.context - len(data.encode(tokenizer, train.sample_prompt))
+        train.sample_tokens = max(1, min(train.sample_tokens, room))
     torch.manual_seed(train.seed)
     trainer = Trainer(
         GPT(config),
@@ -196,6 +239,9 @@ def _train(args: argparse.Namespace) -> int:
     )
     if args.resume:
         trainer.load(found)
+    if trainer.step >= train.steps:
+        print(f"{found} is finished: it has taken {trainer.step} of {train.steps} steps; more --steps would go on")
+        return 0
     print(
         f"{trainer.model.num_parameters():,} parameters on {trainer.device}, {len(tokens):,} tokens to train on, "
         f"{len(held_out_tokens):,} to validate on" + (f"; resumed at step {trainer.step}" if args.resume else "")
@@ -208,20 +254,27 @@ def _train(args: argparse.Namespace) -> int:
 def _patch(args: argparse.Namespace) -> int:
     import json
 
-    import torch
-
     import fastllm
     from fastllm._extras import require
+    from fastllm.trainer import resolve_device
 
     transformers = require("transformers", "transformers")
-    if not (Path(args.model) / "config.json").exists():
-        raise ValueError(f"--model: {args.model} has no config.json")
+    if not args.model or not (Path(args.model) / "config.json").exists():
+        raise ValueError(f"--model: {args.model or '(empty)'} has no config.json")
+    if "" in [*(args.only or ()), *(args.exclude or ())]:
+        raise ValueError("--only and --exclude take names, got an empty one")
+    device = resolve_device("cpu" if args.device is None else args.device)
     transformers.utils.logging.set_verbosity_error()
-    config = transformers.AutoConfig.from_pretrained(args.model)
-    names = config.architectures or []
-    found = [getattr(transformers, name) for name in names if hasattr(transformers, name)]
-    model_class = found[0] if found else transformers.AutoModelForCausalLM
-    model = model_class.from_pretrained(args.model).to(torch.device(args.device or "cpu")).train()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        config = transformers.AutoConfig.from_pretrained(args.model)
+        names = config.architectures or []
+        found = [getattr(transformers, name) for name in names if hasattr(transformers, name)]
+        model_class = found[0] if found else transformers.AutoModelForCausalLM
+        model = model_class.from_pretrained(args.model)
+    except Exception as error:  # what is in the files decides which
+        raise ValueError(f"--model: {args.model} cannot be loaded: {type(error).__name__}: {error}") from error
+    model = model.to(device).train()
     report = fastllm.patch(model, only=args.only, exclude=args.exclude)
     print(json.dumps(report.to_dict(), indent=1) if args.json else report)
     return 0
@@ -230,33 +283,47 @@ def _patch(args: argparse.Namespace) -> int:
 def _load(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     from fastllm.trainer import checkpoint, resolve_device
 
-    device = resolve_device(args.device or "auto")
+    device = resolve_device("auto" if args.device is None else args.device)
     model, tokenizer = checkpoint.load_model(args.checkpoint, device)
     if tokenizer is None:
         raise ValueError(f"{args.checkpoint} has no tokenizer.json")
+    _check_tokenizer(args.checkpoint, tokenizer, model.config)
     return model, tokenizer, device
 
 
 def _eval(args: argparse.Namespace) -> int:
+    import numpy
+
     from fastllm import data
     from fastllm.trainer import evaluate
 
     model, tokenizer, _ = _load(args)
     text = _read(args.text)
+    if len(args.text) > 1 and data.document_token(tokenizer) is None:
+        raise ValueError(
+            f"the tokenizer of {args.checkpoint} has no special token {data.END_OF_TEXT} to put between files: give "
+            "--text one"
+        )
     windows = data.SequentialWindows(data.encode(tokenizer, text), model.config.context)
     loss, tokens = evaluate(model, windows, args.batch_size)
-    bits = loss * tokens / math.log(2) / len(text.encode())
-    print(f"loss {loss:.4f} nats/token, perplexity {math.exp(loss):.2f}, {bits:.3f} bits/byte, {tokens:,} tokens")
+    bits = loss * tokens / numpy.log(2) / len(text.encode())
+    with numpy.errstate(over="ignore"):
+        perplexity = numpy.exp(loss)
+    print(f"loss {loss:.4f} nats/token, perplexity {perplexity:.2f}, {bits:.3f} bits/byte, {tokens:,} tokens")
     return 0
 
 
 def _generate(args: argparse.Namespace) -> int:
     from fastllm import data
 
-    model, tokenizer, device = _load(args)
     if not args.prompt:
         raise ValueError("--prompt must not be empty")
+    if args.seed is not None and args.seed < 0:
+        raise ValueError(f"--seed must be at least 0 and less than 2^64, got {args.seed}")
+    model, tokenizer, device = _load(args)
     tokens_BT = data.encode(tokenizer, args.prompt)[None].to(device)
+    if tokens_BT.numel() == 0:
+        raise ValueError(f"the tokenizer of {args.checkpoint} has no tokens for the prompt {args.prompt!r}")
     room = model.config.context - tokens_BT.shape[1]
     if room < 1:
         raise ValueError(f"the prompt's {tokens_BT.shape[1]} tokens fill the context of {model.config.context}")
@@ -268,7 +335,7 @@ def _generate(args: argparse.Namespace) -> int:
         top_k=args.top_k,
         top_p=args.top_p,
         seed=args.seed,
-        stop=tokenizer.token_to_id(data.text.END_OF_TEXT),
+        stop=data.document_token(tokenizer),
     )
     print(data.decode(tokenizer, output_BT[0]))
     return 0
@@ -279,7 +346,8 @@ def _run(argv: Sequence[str]) -> int:
         from fastllm.benchmarks import suite
 
         return suite.main(argv[1:])
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
+    _check_environment()
     if args.command == "info":
         from fastllm import info
 
@@ -292,23 +360,71 @@ def _run(argv: Sequence[str]) -> int:
         return _patch(args)
     from fastllm import use_backend
 
-    with use_backend(args.backend) if args.backend else contextlib.nullcontext():
+    with use_backend(args.backend) if args.backend is not None else contextlib.nullcontext():
         return {"train": _train, "eval": _eval, "generate": _generate}[args.command](args)
+
+
+def _check_environment() -> None:
+    from fastllm import _ext
+
+    if _ext.C is not None:
+        try:
+            _ext.C.cpu_capability()
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"FASTLLM_CPU_CAPABILITY: {error}") from error
+
+
+def _message(error: BaseException) -> str:
+    """What went wrong, in one line."""
+    message = str(error) or type(error).__name__
+    if isinstance(error, OSError) and error.strerror:
+        message = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+    elif isinstance(error, MemoryError) or "allocate memory" in message:
+        message = f"not enough memory: {message}"
+    elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        message = f"torch.compile: {message[:400]}"
+    return " ".join(message.split()).encode(errors="backslashreplace").decode()  # names of files need not be text
+
+
+def _expected(error: BaseException) -> bool:
+    """Whether an error is one of the values, files and machine that a command was given, and none of our own."""
+    from torch import OutOfMemoryError
+
+    from fastllm import BackendUnavailable, PatchError
+
+    known = (OSError, ValueError, ImportError, MemoryError, FloatingPointError, BackendUnavailable, PatchError)
+    return (
+        isinstance(error, (*known, OutOfMemoryError))
+        or type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+        or (isinstance(error, RuntimeError) and "allocate memory" in str(error))  # torch, on the CPU
+    )
+
+
+def _drop_output() -> None:
+    """Keeps Python from writing at exit what cannot be written."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0, 1 for what went wrong, 2 for arguments that make no sense."""
-    from fastllm import BackendUnavailable
-
+    if hasattr(sys.stdout, "reconfigure"):  # text, or a name of a file, that the terminal has no characters for
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return _run(list(sys.argv[1:] if argv is None else argv))
-    except BrokenPipeError:  # the reader of a pipe has gone; keep Python from flushing into it at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = _run(list(sys.argv[1:] if argv is None else argv))
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader of a pipe has gone
+        _drop_output()
         return 1
     except KeyboardInterrupt:
         print("fastllm: interrupted", file=sys.stderr)
         return 130
-    except (OSError, ValueError, ImportError, FloatingPointError, BackendUnavailable) as error:
-        message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.strerror else str(error)
-        print("fastllm: error: " + " ".join(message.split()), file=sys.stderr)
+    except Exception as error:
+        if not _expected(error):
+            raise
+        if isinstance(error, OSError) and error.filename is None:
+            _drop_output()
+        print(f"fastllm: error: {_message(error)}", file=sys.stderr)
         return 1

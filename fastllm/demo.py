@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastllm import data
+from fastllm._command import check_folder
 from fastllm._extras import require
 from fastllm.backends import use_backend
 from fastllm.models import GPT, GPTConfig
@@ -152,16 +153,11 @@ def main(steps: int = STEPS, out: str = "runs/demo", rounds: int = ROUNDS) -> in
 
     Raises:
         ImportError: without the extra [train].
+        OSError: for an `out` that cannot be written to.
         ValueError: for too few steps or rounds.
     """
     if rounds < 2:
         raise ValueError(f"rounds must be at least 2, got {rounds}")
-    started = time.perf_counter()
-    folder = Path(out)
-    text, held_out = data.split_text(data.topics_text(), validation=0.05)
-    tokenizer = data.train_tokenizer([text], VOCAB_SIZE)
-    tokens, held_out_tokens = data.encode(tokenizer, text), data.encode(tokenizer, held_out)
-    config = replace(MODEL, vocab_size=tokenizer.get_vocab_size())
     train = TrainConfig(
         steps=steps,
         batch_size=BATCH_SIZE,
@@ -172,6 +168,13 @@ def main(steps: int = STEPS, out: str = "runs/demo", rounds: int = ROUNDS) -> in
         out=out,
         device="cpu",
     )
+    check_folder(out, "out")
+    started = time.perf_counter()
+    folder = Path(out)
+    text, held_out = data.split_text(data.topics_text(), validation=0.05)
+    tokenizer = data.train_tokenizer([text], VOCAB_SIZE)
+    tokens, held_out_tokens = data.encode(tokenizer, text), data.encode(tokenizer, held_out)
+    config = replace(MODEL, vocab_size=data.vocabulary_size(tokenizer))
     torch.manual_seed(train.seed)
     model = GPT(config)
     label = (

@@ -31,6 +31,37 @@ def test_read_text(tmp_path):
         data.read_text(path)
 
 
+def test_a_byte_order_mark_is_dropped(tmp_path):
+    path = tmp_path / "text"
+    path.write_bytes("\ufeffGrüße\r\n\ufeff".encode())
+    assert data.read_text(path) == "Grüße\r\n\ufeff"  # of the file, not of the text
+    path.write_bytes("\ufeff".encode())
+    with pytest.raises(ValueError, match="text is empty"):
+        data.read_text(path)
+    path.write_bytes("\ufeff".encode() + b"ab\xff")
+    with pytest.raises(ValueError, match="byte 0xff at offset 5"):
+        data.read_text(path)
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("encoding", ["UTF-16LE", "UTF-16BE", "UTF-32LE", "UTF-32BE"])
+@pytest.mark.parametrize("text", ["ab", "The cat sat.\n" * 9000, "Grüße, 世界 🦜\n", ("世界" * 4 + "。\n") * 9])
+def test_other_encodings_of_unicode_are_named(tmp_path, text, encoding, mark):
+    path = tmp_path / "text"
+    path.write_bytes((mark + text).encode(encoding))
+    with pytest.raises(
+        ValueError, match=f"text is {encoding}: convert it to UTF-8, for example by iconv -f {encoding}"
+    ):
+        data.read_text(path)
+
+
+@pytest.mark.parametrize("text", ["a\0b\0", "\0" * 100, "a\0" + "b" * 100, "ab\0\0" * 50, "世\0界" * 9, "\0a", "\0"])
+def test_zeros_in_utf8_are_text(tmp_path, text):
+    text = "The cat sat. " * 10 + text
+    (tmp_path / "text").write_bytes(text.encode())
+    assert data.read_text(tmp_path / "text") == text
+
+
 def test_topics_text_has_no_paragraph_twice():
     text = data.topics_text()
     paragraphs = [" ".join(paragraph.split()) for paragraph in text.split("\n\n")]
@@ -42,6 +73,10 @@ def test_split_text_cuts_the_end_off():
     assert data.split_text("0123456789", 0.2) == ("01234567", "89")
     with pytest.raises(ValueError, match=r"must be in \(0, 1\), got 1"):
         data.split_text("text", 1)
+    for length in range(1, 40):  # wherever the cut is, the marker stays whole
+        first, second = data.split_text("a" * length + "<|endoftext|>" + "b" * 40, 0.5)
+        assert first + second == "a" * length + "<|endoftext|>" + "b" * 40
+        assert "<|endoftext|>" in (first + " ") or "<|endoftext|>" in second
 
 
 def test_tokenizer_is_lossless_and_survives_its_file(tmp_path):
@@ -69,7 +104,7 @@ def test_end_of_text_is_one_token():
 
 def test_long_text_is_encoded_in_pieces(monkeypatch):
     tokenizer = data.train_tokenizer([TEXT], 300)
-    monkeypatch.setattr(data.text, "_CHUNK", 7)
+    monkeypatch.setattr(data.tokenizer, "_CHUNK", 7)
     assert data.decode(tokenizer, data.encode(tokenizer, TEXT)) == TEXT
 
 

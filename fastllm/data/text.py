@@ -1,38 +1,71 @@
-"""Text files and byte-level BPE tokenizers (Hugging Face's `tokenizers`, extra [train])."""
+"""Text: files of it, and what every Python carries."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import codecs
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import torch
-from torch import Tensor
-
-from fastllm._extras import require
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
-BYTES = 256
-_CHUNK = 1 << 20  # characters that are tokenized at a time: bounds the memory
+"""What ends a document in a text."""
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file.
+    """The text of a UTF-8 file, line ends and all as they are; a byte order mark at its start is dropped.
 
     Raises:
         FileNotFoundError, IsADirectoryError, ...: as open.
-        ValueError: for a file that is empty or not UTF-8, with its name and, for the latter, the offending byte.
+        ValueError: for a file that is empty or not UTF-8, with its name and, for the latter, the offending byte or the
+            encoding that it seems to have.
     """
     data = Path(path).read_bytes()
-    if not data:
-        raise ValueError(f"{path} is empty")
+    encoding = _other_unicode(data, 0.05)
     try:
-        return data.decode("utf-8")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: byte 0x{data[error.start]:02x} at offset {error.start}") from None
+        encoding = encoding or _other_unicode(data, 0.0)
+        if encoding is None:
+            # Without the mark, which the codec does not count.
+            offset = error.start + len(data) - len(error.object)
+            raise ValueError(f"{path} is not UTF-8 text: byte 0x{data[offset]:02x} at offset {offset}") from None
+    if encoding is not None:
+        raise ValueError(f"{path} is {encoding}: convert it to UTF-8, for example by iconv -f {encoding} -t UTF-8")
+    if not text:
+        raise ValueError(f"{path} is empty")
+    return text
+
+
+def _other_unicode(data: bytes, zeros: float) -> str | None:
+    """UTF-16 or UTF-32 with its byte order, if that is what `data` is: by its mark, or by where its zeros are.
+
+    Most text has blanks, line ends or digits at least, which these encodings fill up with zeros, all in the same place
+    of a character. More than the share `zeros` of the characters must be such.
+    """
+    for mark, encoding in (
+        (codecs.BOM_UTF32_LE, "UTF-32LE"),  # begins with the mark of UTF-16LE
+        (codecs.BOM_UTF32_BE, "UTF-32BE"),
+        (codecs.BOM_UTF16_LE, "UTF-16LE"),
+        (codecs.BOM_UTF16_BE, "UTF-16BE"),
+    ):
+        if data.startswith(mark) and len(data) > len(mark):
+            return encoding
+    start = data[: 1 << 16]
+    if len(data) % 2 or not start.strip(b"\0"):
+        return None
+    places = [start[place::4].count(0) * 4 / len(start) for place in range(4)]
+    odd, even = places[1] + places[3], places[0] + places[2]
+    if min(places[2:]) > 0.9 > places[0]:
+        encoding = "UTF-32LE"
+    elif min(places[:2]) > 0.9 > places[3]:
+        encoding = "UTF-32BE"
+    elif max(odd, even) > 2 * zeros and max(odd, even) > 10 * min(odd, even):
+        encoding = "UTF-16LE" if odd > even else "UTF-16BE"
+    else:
+        return None
+    try:
+        codecs.getincrementaldecoder(encoding)().decode(start)
+    except UnicodeDecodeError:
+        return None
+    return encoding
 
 
 def topics_text() -> str:
@@ -57,69 +90,15 @@ def topics_text() -> str:
 def split_text(text: str, validation: float) -> tuple[str, str]:
     """Cuts `text` in two: (what to train on, the last `validation` of it, a fraction in (0, 1)).
 
+    An `<|endoftext|>` that the cut would fall into goes to the second part, whole.
+
     Raises:
         ValueError: for a fraction out of range.
     """
     if not 0 < validation < 1:
         raise ValueError(f"the fraction of text to validate on must be in (0, 1), got {validation}")
     cut = len(text) - round(len(text) * validation)
+    marker = text.find(END_OF_TEXT, max(0, cut - len(END_OF_TEXT) + 1), cut + len(END_OF_TEXT) - 1)
+    if 0 <= marker < cut:
+        cut = marker
     return text[:cut], text[cut:]
-
-
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Trains a byte-level BPE tokenizer, which encodes any text without loss.
-
-    Args:
-        texts: what to train on.
-        vocab_size: how many tokens at most, among them the 256 bytes and `<|endoftext|>`; a short text yields fewer.
-
-    Returns:
-        A `tokenizers.Tokenizer`; `.save(path)` writes one JSON file that `load_tokenizer` reads.
-
-    Raises:
-        ImportError: without the extra [train].
-        ValueError: for a vocabulary that the bytes alone would not fit into.
-    """
-    if vocab_size < BYTES + 1:
-        raise ValueError(f"vocab_size must be at least {BYTES + 1} (bytes and {END_OF_TEXT}), got {vocab_size}")
-    tokenizers = require("tokenizers", "train")
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
-
-
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Reads a tokenizer's JSON file.
-
-    Raises:
-        FileNotFoundError: where there is none.
-        ValueError: for a file that is no tokenizer.
-    """
-    text = read_text(path)
-    try:
-        return require("tokenizers", "train").Tokenizer.from_str(text)
-    except ImportError:
-        raise
-    except Exception as error:  # tokenizers raises nothing narrower
-        raise ValueError(f"{path} is not a tokenizer: {error}") from error
-
-
-def encode(tokenizer: Tokenizer, text: str) -> Tensor:
-    """The tokens of `text`, (n,) int32. `<|endoftext|>` in the text becomes its own token."""
-    chunks = [text[start : start + _CHUNK] for start in range(0, len(text), _CHUNK)]
-    return torch.tensor(
-        [token for encoding in tokenizer.encode_batch(chunks) for token in encoding.ids], dtype=torch.int32
-    )
-
-
-def decode(tokenizer: Tokenizer, tokens: Tensor) -> str:
-    """The text of (n,) tokens, special ones included; bytes that are not UTF-8 become U+FFFD."""
-    return tokenizer.decode(tokens.tolist(), skip_special_tokens=False)

@@ -47,11 +47,13 @@ class RandomWindows(_Windows):
         seed: of the draw; each batch depends on it and on its own index alone.
 
     Raises:
-        ValueError: for fewer than context + 1 tokens.
+        ValueError: for fewer than context + 1 tokens, or a negative seed.
     """
 
     def __init__(self, tokens: Tensor, context: int, seed: int = 0):
         super().__init__(tokens, context)
+        if seed < 0:
+            raise ValueError(f"seed must not be negative, got {seed}")
         self.seed = seed
 
     def batch(self, index: int, size: int) -> tuple[Tensor, Tensor]:

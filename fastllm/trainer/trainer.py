@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -21,6 +22,7 @@ from fastllm.models import GPT
 from fastllm.models.gpt import IGNORE
 from fastllm.optim import AdamW
 from fastllm.trainer import checkpoint
+from fastllm.trainer._files import reading, writing
 from fastllm.trainer.log import MetricsLog
 from fastllm.trainer.schedule import warmup_cosine
 
@@ -46,7 +48,8 @@ class TrainConfig:
         eval_batches: batches a validation; 0 takes all.
         keep: how many checkpoints to keep, the newest; 0 keeps all.
         sample_prompt, sample_tokens: what a sample continues, and how far.
-        seed: of the samples. Weights, dropout and data have their own: torch.manual_seed, and the data set's.
+        seed: of the samples, from 0 to 2^64 - 1. Weights, dropout and data have their own: torch.manual_seed, and the
+            data set's.
         out: directory of checkpoints, metrics.csv, tensorboard/ and samples/.
         compile: run the model through torch.compile.
         device: as torch.device; "auto" is "cuda" where there is one, else "cpu".
@@ -87,6 +90,12 @@ class TrainConfig:
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise ValueError(f"TrainConfig: {name} must be at least {least}, got {getattr(self, name)}")
+            if getattr(self, name) >= 2**63:
+                raise ValueError(f"TrainConfig: {name} must be less than 2^63, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"TrainConfig: seed must be at least 0 and less than 2^64, got {self.seed}")
+        if not self.out:
+            raise ValueError("TrainConfig: out must not be empty")
         for name in ("lr", "weight_decay", "clip", "eps"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"TrainConfig: {name} must be finite and not negative, got {getattr(self, name)}")
@@ -99,20 +108,39 @@ class TrainConfig:
             raise ValueError(f"TrainConfig: precision must be 'float32' or 'bfloat16', got {self.precision!r}")
 
 
+def saved_config(path: Path) -> TrainConfig:
+    """The TrainConfig of the checkpoint at `path`.
+
+    Raises:
+        OSError: where its config.json cannot be read.
+        ValueError: where it is damaged.
+    """
+    with reading(path / "config.json"):
+        return TrainConfig(**checkpoint.load_config(path)["train"])
+
+
 def resolve_device(name: str) -> torch.device:
     """The device of that name; "auto" is "cuda" where there is one, else "cpu".
 
     Raises:
-        ValueError: for a name that torch does not know, and for "cuda" where there is none.
+        ValueError: for a name that torch does not know, a device that fastllm does not run on, and a GPU that is not
+            there.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise ValueError(f"unknown device {name!r}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {name!r}: torch {torch.__version__} sees no GPU")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {name!r}: fastllm trains on cpu and cuda")
+    count = 1
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"device {name!r}: torch {torch.__version__} sees no GPU")
+        count = torch.cuda.device_count()
+    if (device.index or 0) >= count:
+        raise ValueError(f"device {name!r}: there is only {device.type}:0" + (f" to {count - 1}" if count > 1 else ""))
     return device
 
 
@@ -294,9 +322,12 @@ class Trainer:
         Raises:
             FileExistsError: for a new run into a directory that has checkpoints.
             FloatingPointError: as `train_step`.
+            OSError: for what the disk says, naming the file; a checkpoint that was written before is named too.
             ValueError: for samples that do not fit into the model's context, or lack a tokenizer.
         """
         config = self.config
+        if any("\ud800" <= character <= "\udfff" for character in config.out):
+            raise ValueError(f"the directory {config.out!r} cannot be used: its name is not UTF-8")
         found = checkpoint.list_checkpoints(self.out)
         if self.step == 0 and found:
             raise FileExistsError(f"{found[-1]} is there already: resume it, or choose another directory")
@@ -336,9 +367,13 @@ class Trainer:
                     self.save()
                 bar.set_postfix({"loss": f"{metrics['loss']:.3f}", **shown, "tok/s": f"{speed:,.0f}"}, refresh=False)
                 bar.update()
-        finally:
+        except BaseException:
             bar.close()
-            log.close()
+            with contextlib.suppress(OSError):  # a disk that is full is so for the log as well
+                log.close()
+            raise
+        bar.close()
+        log.close()
 
     def _due(self, every: int, last: bool = False) -> bool:
         return (last and self.step == self.config.steps) or (every > 0 and self.step % every == 0)
@@ -352,6 +387,8 @@ class Trainer:
         if self.tokenizer is None:
             raise ValueError("a sample needs a tokenizer")
         tokens_BT = encode(self.tokenizer, prompt)[None].to(self.device)
+        if tokens_BT.numel() == 0:
+            raise ValueError(f"a sample cannot continue {prompt!r}: the tokenizer has no tokens for it")
         return decode(self.tokenizer, self.model.generate(tokens_BT, max_new_tokens, **sampling)[0])
 
     def _write_sample(self) -> None:
@@ -359,8 +396,9 @@ class Trainer:
         config = self.config
         text = self.sample(config.sample_prompt, config.sample_tokens, top_k=50, seed=config.seed)
         path = self.out / "samples" / f"step-{self.step}.txt"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(text + "\n", encoding="utf-8")
+        with writing(path):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text + "\n", encoding="utf-8")
 
     def save(self) -> Path:
         """Writes the checkpoint of this step and returns its path."""
@@ -381,18 +419,27 @@ class Trainer:
 
         Raises:
             FileNotFoundError: where there is none.
+            OSError: where a file cannot be read.
             ValueError: where it is damaged, another model's, or was trained on other tokens.
         """
         path = checkpoint.find_checkpoint(path)
         checkpoint.load_weights(path, self.model)
-        try:
-            state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, ValueError) as error:
-            raise ValueError(f"{path / 'state.pt'} cannot be loaded: {error}") from error
+        state = checkpoint.load_state(path)
         if state.get("data") != self._data_digest:
             raise ValueError(f"{path} was trained on other tokens than those given, so it cannot be resumed with them")
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step = state["step"]
-        torch.set_rng_state(state["rng_cpu"])
-        if self.device.type == "cuda" and state["rng_cuda"] is not None:
-            torch.cuda.set_rng_state(state["rng_cuda"], self.device)
+        with reading(path / "state.pt"):
+            step = state["step"]
+            if not isinstance(step, int) or step < 0:
+                raise ValueError(f"its step is {step!r}")
+            self.optimizer.load_state_dict(state["optimizer"])
+            for parameter, values in self.optimizer.state.items():
+                for name, value in values.items():
+                    if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
+                        raise ValueError(
+                            f"{name} has shape {tuple(value.shape)} for weights of {tuple(parameter.shape)}: it is "
+                            "another model's"
+                        )
+            torch.set_rng_state(state["rng_cpu"])
+            if self.device.type == "cuda" and state["rng_cuda"] is not None:
+                torch.cuda.set_rng_state(state["rng_cuda"], self.device)
+        self.step = step

@@ -225,6 +225,35 @@ def test_gradients_of_each_sample(case):
             torch.testing.assert_close([x[b] for x in found], list(expected), rtol=1e-5, atol=1e-6)
 
 
+@every_case
+def test_what_leaves_a_transformation_is_differentiated_further(case):
+    inputs = case.inputs(torch.float32)
+    grads = torch.func.vjp(case.loss, *inputs)[1](torch.ones(()))
+    found = torch.autograd.grad(sum(grad.square().sum() for grad in grads), inputs)
+    grads = torch.autograd.grad(case.loss(*inputs), inputs, create_graph=True)
+    expected = torch.autograd.grad(sum(grad.square().sum() for grad in grads), inputs)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+    def leaving(x: Tensor) -> Tensor:
+        left.append(x * 2)
+        return left[0].sum()
+
+    left: list[Tensor] = []
+    torch.func.grad(leaving)(inputs[0])
+    found = torch.autograd.grad(case.loss(*left, *inputs[1:]), inputs[0])
+    expected = torch.autograd.grad(case.loss(inputs[0] * 2, *inputs[1:]), inputs[0])
+    torch.testing.assert_close(found, expected)
+
+
+@every_case
+def test_nested_batches(case):
+    inputs = [x.detach() for x in case.inputs(torch.float32)]
+    grad = torch.func.grad(case.loss, tuple(range(len(inputs))))
+    inner = torch.func.vmap(grad, -1, randomness="same")
+    found = torch.func.vmap(inner, randomness="same")(*(x[..., None].expand(2, *x.shape, 2) for x in inputs))
+    torch.testing.assert_close([x[1, 0] for x in found], list(grad(*inputs)))
+
+
 def test_a_hessian_by_two_reverse_passes():
     x, w = make((2, 4), torch.float64), make((4,), torch.float64, seed=1)
 

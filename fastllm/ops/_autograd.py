@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 
 from fastllm import backends
 from fastllm.tracing import transformed
@@ -39,7 +40,7 @@ def apply(function: type[Function], *args: Any) -> Any:
     """As `function.apply`, outside of graphs, without its inspect.signature, which doubles the time of a small call."""
     if transformed():
         return _transformed(function).apply(*args)
-    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+    return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
 
 
 @functools.cache

@@ -160,7 +160,8 @@ def test_a_damaged_file_is_named(name, damage, run, tmp_path):
     message = cli._message(caught.value)
     assert message.startswith(str(file))
     assert f"; the checkpoint before it is {tmp_path / 'run/checkpoint-2'}: delete" in message
-    assert len(message) < 700
+    assert len(message.replace(str(tmp_path), "")) < 500
+    assert "weights_only" not in message
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,8 @@ def reading(path: Path, hint: str = "", verdict: str = "cannot be loaded") -> It
         raise OSError(error.errno, f"{os.strerror(error.errno)}{hint}", str(path)) from error
     except Exception as error:
         what = " ".join(str(error).split()) or type(error).__name__
-        if isinstance(error, pickle.UnpicklingError):  # torch goes on to say how to load it without any check
+        # torch goes on to say how to load it without any check.
+        if isinstance(error, pickle.UnpicklingError) or "weights_only" in what:
             what = "it is damaged, or no state of a training run"
         elif isinstance(error, KeyError):
             what = f"it lacks {what}"

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
 
 from fastllm import _ext
 
@@ -231,13 +232,17 @@ class Op:
     def differentiate(self, function: Any) -> Any:
         """Registers the autograd function that takes the op's arguments: what gives gradients to a call of the op
         itself, as it stands in an exported or captured graph. A decorator."""
+        # torch.func's transformations have been sorted out when the dispatcher calls: what is left is one level.
+        methods = {name: staticmethod(getattr(function, name)) for name in ("forward", "setup_context", "backward")}
+        level: Any = type(function.__name__, (torch.autograd.function._SingleLevelFunction,), methods)
 
         def run(*args):
             if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors(args)):
-                outputs = function.apply(*args)
+                with enable_single_level_autograd_function():
+                    outputs = level.apply(*args)
                 return outputs if self.call._schema.returns else None
             with torch._C._AutoDispatchBelowAutograd():
-                return self.call(*args)
+                return self(*args)
 
         self.function, function.op_name = function, self.name.removesuffix("_fwd")
         LIBRARY.impl(self.name, run, "Autograd")

@@ -7,13 +7,16 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
-_MODES = (torch._C.DispatchKey.Python, torch._C.DispatchKey.PreDispatch, torch._C.DispatchKey.Functionalize)
+_MODES = tuple(getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE", "PROXY", "FUNCTIONAL"))
+_KEYS = (torch._C.DispatchKey.PreDispatch, torch._C.DispatchKey.Functionalize)
 
 
 def traced() -> bool:
-    """Whether every op is looked at: by FakeTensorMode, whose tensors hold no numbers, by make_fx, which must see what
-    is written, or by any other mode."""
-    return any(map(torch._C._dispatch_tls_is_dispatch_key_included, _MODES))
+    """Whether the ops are taken down instead of computed, or as well: by FakeTensorMode, whose tensors hold no numbers,
+    or by make_fx and its like, which must see what is written. Other modes only watch. (Not for a compiled graph.)"""
+    if torch._C._len_torch_dispatch_stack() and any(map(torch._C._get_dispatch_mode, _MODES)):
+        return True
+    return any(map(torch._C._dispatch_tls_is_dispatch_key_included, _KEYS))
 
 
 def host_values(x: Tensor) -> Tensor | None:
@@ -28,12 +31,22 @@ def host_values(x: Tensor) -> Tensor | None:
 def lasting() -> bool:
     """Whether a tensor that is made now is one like any other afterwards, and may be kept: nobody exports the call,
     transforms it, or has put a mode of tracing around it."""
-    return not (torch.compiler.is_exporting() or traced() or transformed())
+    if torch.compiler.is_compiling():
+        return not torch.compiler.is_exporting()
+    return not (traced() or transformed())
 
 
 def transformed() -> bool:
     """Whether the call is inside of a transformation of torch.func, or of forward-mode differentiation."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def batched(x: Tensor) -> bool:
+    """Whether `x` is several tensors to whoever called: inside of vmap, or as autograd's is_grads_batched has them."""
+    if torch.compiler.is_compiling():
+        return False
+    functorch = torch._C._functorch
+    return functorch.is_functorch_wrapped_tensor(x) or functorch.is_legacy_batchedtensor(x)
 
 
 def unwrapped(x: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastllm
 from fastllm import backends, nn, ops
@@ -153,6 +155,36 @@ def test_a_gradient_penalty_on_the_kernels(case):
         torch.testing.assert_close(ours.double(), truth, rtol=1e-3, atol=1e-4)
 
 
+@every_case
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpoints(case, use_reentrant):
+    inputs = case.inputs(torch.float32)
+    expected = torch.autograd.grad(case.loss(*inputs), inputs)
+    case.of(checkpoint(seeded(case.call), *inputs, use_reentrant=use_reentrant)).backward()
+    torch.testing.assert_close([x.grad for x in inputs], list(expected))
+
+
+@every_case
+def test_gradients_of_several_upstream_gradients_at_once(case):
+    inputs = case.inputs(torch.float32)
+    (expected,), scales = [torch.autograd.grad(case.loss(*inputs), inputs)], torch.tensor([1.0, -2.0])
+    found = torch.autograd.grad(case.loss(*inputs), inputs, scales, is_grads_batched=True)
+    for batch, one in zip(found, expected, strict=True):
+        torch.testing.assert_close(batch, torch.stack([one, -2 * one]))
+
+
+@pytest.mark.parametrize("name", ["attention, softcap", "linear_cross_entropy, all options", "layer_norm"])
+def test_autocast_leaves_second_derivatives_alone(name):
+    inputs = CASES[name].inputs(torch.bfloat16)
+
+    def second(enabled: bool) -> tuple[Tensor, ...]:
+        grads = torch.autograd.grad(CASES[name].loss(*inputs), inputs, create_graph=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            return torch.autograd.grad(sum(grad.float().square().sum() for grad in grads), inputs)
+
+    assert all(map(torch.equal, second(True), second(False)))
+
+
 def test_a_second_derivative_is_announced_and_not_a_kernels():
     backends.warn_again()
     x = make((4, 7)).requires_grad_()
@@ -263,6 +295,29 @@ def test_a_hessian_by_two_reverse_passes():
     torch.testing.assert_close(hessian(ops.rms_norm), hessian(F.rms_norm))
 
 
+@pytest.mark.parametrize("case", [case for name, case in CASES.items() if "cross_entropy" not in name])
+def test_a_batch_of_nothing(case):
+    """(Of which torch's own losses have none.)"""
+    found = torch.func.vmap(case.call, randomness="same")(*(torch.empty(0, *shape) for shape in case.shapes))
+    one = case.call(*case.inputs(torch.float32))
+    for x, y in zip(*[(x,) if isinstance(x, Tensor) else x for x in (found, one)], strict=True):
+        assert x.shape == (0, *y.shape)
+
+
+def test_in_place_overwrites_no_leaf_from_inside_of_a_batch():
+    x = make((2, 4, 7)).requires_grad_()
+    before = x.detach().clone()
+    torch.func.vmap(lambda x: ops.cross_entropy(x, TARGET, inplace=True))(x).sum().backward()
+    assert torch.equal(x, before)
+    torch.testing.assert_close(x.grad[0], torch.func.grad(lambda x: ops.cross_entropy(x, TARGET))(before[0]))
+
+
+def test_a_compiled_function_has_gradients_of_each_sample():
+    w, x = make((6,)), make((3, 4, 6))
+    grads = torch.func.vmap(torch.func.grad(lambda w, x: ops.rms_norm(x, (6,), w).sin().sum()), (None, 0))
+    torch.testing.assert_close(torch.compile(grads, backend="eager")(w, x), grads(w, x))
+
+
 def test_attention_kvcache_says_that_it_has_no_gradient():
     q, k, v = (make((1, 1, n, 4)).requires_grad_() for n in (1, 8, 8))
 
@@ -305,6 +360,38 @@ def test_an_exported_module_is_trained_like_the_module(case):
             exported(one)
         torch.testing.assert_close(trained(exported, one), expected)
     torch.testing.assert_close(trained(module, one), expected)
+
+
+class Biased(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bias = torch.nn.Parameter(make((5, 5)))
+        self.linear = torch.nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x)
+        return ops.attention(x, x, x, self.bias).sin().sum()
+
+
+def test_a_mask_has_its_gradient_wherever_it_was_captured():
+    module, x = Biased(), make((1, 2, 5, 6))
+    expected = trained(module, x)
+    with torch.no_grad():
+        exported = torch.export.export(module, (x,)).module()
+    torch.testing.assert_close(trained(exported, x), expected)
+    bias = module.bias.detach()
+    graph = make_fx(lambda x, bias: ops.attention(x, x, x, bias))(x, bias)
+    bias.requires_grad_()
+    found = torch.autograd.grad(graph(x, bias).sin().sum(), bias)
+    torch.testing.assert_close(found, torch.autograd.grad(ops.attention(x, x, x, bias).sin().sum(), bias))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_forced_backend_is_forced_in_an_exported_graph(grad):
+    module = torch.nn.Sequential(torch.nn.Linear(6, 6), nn.RMSNorm(6))
+    exported, x = torch.export.export(module, (make((2, 6)),)).module(), make((2, 6))
+    with fastllm.use_backend("triton"), torch.set_grad_enabled(grad), pytest.raises(fastllm.BackendUnavailable):
+        exported(x)
 
 
 @every_case
@@ -379,7 +466,21 @@ def test_aot_function_takes_indices(call, shapes):
         make_fx(call)(y, *inputs)(wrong, *inputs)
 
 
+def test_a_mode_that_only_watches_changes_no_error():
+    with FlopCounterMode(display=False), pytest.raises(IndexError, match="target 9 is out"):
+        ops.cross_entropy(make((1, 7)), torch.tensor([9]))
+
+
 # What modules keep
+
+
+@pytest.mark.parametrize("scaling", [None, {"rope_type": "dynamic", "factor": 2.0}])
+def test_a_fresh_module_compiles_into_one_graph(scaling):
+    q = make((1, 2, 6, 8))
+    module = nn.RotaryEmbedding(8, 4, scaling=scaling)
+    compiled = torch.compile(Summed(module), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(q), Summed(nn.RotaryEmbedding(8, 4, scaling=scaling))(q))
+    torch.testing.assert_close(compiled(q), Summed(module)(q))
 
 
 @pytest.mark.parametrize("scaling", [None, {"rope_type": "dynamic", "factor": 2.0}])

@@ -68,6 +68,7 @@ MAKERS = {
         pre_tokenizers.BertPreTokenizer(),
         normalizer=normalizers.BertNormalizer(),
     ),
+    "stripping": lambda: of_bytes(pre_tokenizers.ByteLevel(add_prefix_space=False), normalizer=normalizers.Strip()),
     "37 characters": lambda: bpe(pre_tokenizers.Split(Regex(r"[\s\S]{1,37}"), "isolated")),
 }
 
@@ -86,6 +87,7 @@ def texts() -> dict[str, str]:
         "DNA": "".join(draw.choices("ACGT", k=10_000)),
         "one letter": "x" + "a" * 10_000,
         "no blanks": "".join(chr(draw.randint(0x4E00, 0x4E40)) for _ in range(6000)),
+        "a sea of blanks": "x " * 3000 + " " * 9000 + "y" * 200,
         "blanks": "a" + " " * 7000 + "b" + "\n" * 3001,
         "markers": "<|endoftext|>" * 500,
     }
@@ -102,6 +104,17 @@ def test_pieces_come_to_the_tokens_of_the_whole(name, monkeypatch):
         for kind, text in texts().items():
             whole = tokenizer.encode(text, add_special_tokens=False).ids
             assert data.encode(tokenizer, text).tolist() == whole, kind
+
+
+def test_a_unigram_word_is_weighed_as_a_whole(monkeypatch):
+    """Which of two equally likely ways to cut it is taken, may hang on its far end."""
+    monkeypatch.setattr(data.tokenizer, "_CHUNK", 128)
+    monkeypatch.setattr(data.tokenizer, "_OVERLAP", 64)
+    tokenizer, draw = make("Unigram"), random.Random(0)
+    for kinds in (["a", "aa", "aaa", "b"], ["a", "aa", "aaa", "b", "ab "]):
+        for _ in range(30):
+            text = "".join(draw.choices(kinds, k=draw.randint(300, 900)))
+            assert data.encode(tokenizer, text).tolist() == tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def test_memory_is_bounded_by_pieces(monkeypatch):

@@ -190,11 +190,11 @@ def encode(tokenizer: Tokenizer, text: str) -> Tensor:
         total=len(text), desc="encode", unit="char", unit_scale=True, delay=_PATIENCE, disable=None, dynamic_ncols=True
     )
     parts = [torch.empty(0, dtype=torch.int32)]
-    done = 0
+    done, told = 0, False
     with bar, _errors_of("the tokenizer cannot encode this text"):
         try:
             for tokens, end in _encoded(tokenizer, text):
-                _tell_of_changes(tokenizer, text[done:end], tokens)
+                told = told or _tell_of_changes(tokenizer, text[done:end], tokens)
                 parts.append(torch.tensor(tokens, dtype=torch.int32))
                 bar.update(end - done)
                 done = end
@@ -253,45 +253,59 @@ def _encoded(tokenizer: Tokenizer, text: str) -> Iterator[tuple[list[int], int]]
     """Yields the tokens of the text, some at a time, each time with the place up to which they go.
 
     Two neighbouring chunks are joined where they have the same tokens of the same words at the same places all around
-    the border, far from the ends of either. Where they have not (say, because words of a text without blanks are
-    counted off from where it begins), the second is begun again at a token of the first, one from which it comes to the
-    same tokens.
+    the border, far from the ends of either: if they can, where a word begins. Where they have not (say, because words
+    of a text without blanks are counted off from where it begins), the second is begun again at a token of the first,
+    one from which it comes to the same tokens. A Unigram model weighs a word as a whole, up to its far end: there, only
+    the beginning of a word will do.
     """
+    by_word = type(tokenizer.model).__name__ == "Unigram"
 
     def piece(start: int, end: int) -> _Piece:
         return _Piece(tokenizer.encode(text[start:end], add_special_tokens=False), start, end)
 
+    if tokenizer.normalizer is not None and b'"Strip"' in tokenizer.normalizer.__getstate__():
+        yield tokenizer.encode(text, add_special_tokens=False).ids, len(text)  # it would strip every piece
+        return
     windows = _windows(tokenizer, text)
     begun, last = next(windows)
     for border, following in windows:
         low, high = border - _OVERLAP // 2, min(len(text), border + _OVERLAP // 2)
-        if last.between(low, high) != following.between(low, high):
-            agreed = last.between(border, high)
+        around = last.between(low, high)
+        word = next((start for _, start, _, goes_on in around if start >= border and not goes_on), None)
+        if not around or (by_word and word is None):  # nothing to go by
+            agreed = False
+        else:
+            agreed = around == following.between(low, high)
+        if not agreed and around and not by_word:
+            tokens = last.between(border, high)
             for start in sorted({token[1] for token in last.between(low, border)}, reverse=True):
-                if piece(start, min(len(text), border + _OVERLAP)).between(border, high) == agreed:
-                    following = piece(start, following.end)
+                if tokens and piece(start, min(len(text), border + _OVERLAP)).between(border, high) == tokens:
+                    following, agreed = piece(start, following.end), True
                     break
-            else:  # tokens depend on text further away: no border is safe
-                last = piece(last.start, len(text))
-                break
-        yield last.take(begun, border)
-        begun, last = border, following
+        if not agreed:  # tokens depend on text further away: no border is safe
+            last = piece(last.start, len(text))
+            break
+        join = border if word is None else word
+        yield last.take(begun, join)
+        begun, last = join, following
     yield last.ids[last.first(begun) :], len(text)
 
 
-def _tell_of_changes(tokenizer: Tokenizer, text: str, tokens: list[int]) -> None:
-    """Warns once of a tokenizer that gives other text back than it was given; blanks at the ends do not count."""
+def _tell_of_changes(tokenizer: Tokenizer, text: str, tokens: list[int]) -> bool:
+    """Warns once of a tokenizer that gives other text back than it was given; blanks at the ends do not count. Returns
+    whether this one does."""
     back = tokenizer.decode(tokens, skip_special_tokens=False)
     if back == text or back.strip() == text.strip():
-        return
+        return False
     known = hash(tokenizer.to_str())
     if known in _told:
-        return
+        return True
     _told.add(known)
     text, back = text.lstrip(), back.lstrip()
     at = next((i for i, (a, b) in enumerate(zip(text, back, strict=False)) if a != b), min(len(text), len(back)))
     before, after = (repr(string[max(0, at - 10) : at + 20]) for string in (text, back))
     warnings.warn(f"the tokenizer does not keep text as it is: {before} comes back as {after}", stacklevel=3)
+    return True
 
 
 def decode(tokenizer: Tokenizer, tokens: Tensor) -> str:

@@ -3,8 +3,9 @@ graph, under torch.func, and where a gradient is differentiated again."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -28,12 +29,16 @@ class Function(torch.autograd.Function):
 
 
 def run(op: backends.Op, *args: Any, function: Any = None) -> Any:
-    """Calls an op with its autograd function, or another. (A call of the op itself has its own, too, for more time.)"""
-    function = op.function if function is None else function
+    """Calls an op with its autograd function, or another that takes the same. (A call of the op itself has its own,
+    too, for more time.)"""
     if torch.compiler.is_compiling():
         # An exported graph keeps the op, whose registration then gives gradients to whoever trains the graph.
-        return op(*args) if torch.compiler.is_exporting() else function.apply(*args)
-    return apply(function, *args)
+        if torch.compiler.is_exporting() or transformed():
+            return op(*args)
+        return (op.function if function is None else function).apply(*args)
+    if not torch.is_grad_enabled() and not transformed():
+        return op.below_autograd(*args)
+    return apply(op.function if function is None else function, *args)
 
 
 def apply(function: type[Function], *args: Any) -> Any:
@@ -45,18 +50,27 @@ def apply(function: type[Function], *args: Any) -> Any:
 
 @functools.cache
 def _transformed(function: type[Function]) -> Any:
-    """The function as torch.func takes it. Dynamo refuses one that has these methods."""
+    """The function as torch.func takes it. Dynamo refuses one that has these methods, and is not to look into them."""
 
+    @torch.compiler.disable
     def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
         # One call for each element of the batch: what is summed over rows, the gradient of a weight, then stays theirs.
-        results = []
-        for i in range(info.batch_size):
-            row = [x.select(dim, i) if isinstance(dim, int) else x for x, dim in zip(args, in_dims, strict=True)]
-            results.append(apply(function, *row))
-        if isinstance(results[0], Tensor):
-            return torch.stack(results), 0
-        return tuple(torch.stack(outputs) for outputs in zip(*results, strict=True)), (0,) * len(results[0])
+        def element(x: Any, dim: Any, i: int) -> Any:
+            if not isinstance(dim, int):
+                return x
+            return x.select(dim, i) if info.batch_size else x.new_zeros(x.movedim(dim, 0).shape[1:])
 
+        def stacked(outputs: Sequence[Tensor]) -> Tensor:
+            return torch.stack(list(outputs))[: info.batch_size]
+
+        results = []
+        for i in range(max(info.batch_size, 1)):  # of none, zeros say what the results look like
+            results.append(apply(function, *(element(x, dim, i) for x, dim in zip(args, in_dims, strict=True))))
+        if isinstance(results[0], Tensor):
+            return stacked(results), 0
+        return tuple(map(stacked, zip(*results, strict=True))), (0,) * len(results[0])
+
+    @torch.compiler.disable
     def jvp(ctx: Any, *tangents: Any) -> Any:
         raise NotImplementedError(
             f"fastllm.{function.op_name} has no forward-mode derivative, which jvp, jacfwd and hessian ask for; take "
@@ -97,8 +111,16 @@ class _Gradients(Function):
             outputs = ctx.formula(*whole)
             return outputs if isinstance(outputs, tuple) else (outputs,)
 
-        found = dict(zip(wanted, torch.func.vjp(formula, *(args[i] for i in wanted))[1](grads), strict=True))
+        device = grads[0].device.type  # the formula is computed in float32, whatever autocast is on
+        with torch.autocast(device, enabled=False) if backends.autocasts(device) else contextlib.nullcontext():
+            seconds = torch.func.vjp(formula, *(args[i] for i in wanted))[1](grads)
+        found = dict(zip(wanted, seconds, strict=True))
         return None, None, None, *(found.get(i) for i in range(len(args)))
+
+
+def again() -> bool:
+    """In a backward: whether its gradients may be differentiated once more, or are those of a batch."""
+    return not torch.compiler.is_compiling() and (torch.is_grad_enabled() or transformed())
 
 
 def gradients(op: backends.Op, formula: Callable, *args: Any, compute: Callable | None = None) -> Any:
@@ -111,6 +133,6 @@ def gradients(op: backends.Op, formula: Callable, *args: Any, compute: Callable 
             differentiated where the gradients' own gradients are asked for. What the forward saved of its own results,
             it computes once more.
     """
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # by create_graph=True, or torch.func
+    if again():
         return apply(_Gradients, op.name, compute or op, formula, *args)
     return (compute or op)(*args)

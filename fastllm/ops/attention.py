@@ -117,18 +117,18 @@ _bwd = Op(
 
 
 def _save(ctx, inputs, outputs):
-    query, key, value, attn_mask, sinks, slopes, seed, ctx.mask_grad, *ctx.scores = inputs
+    query, key, value, attn_mask, sinks, slopes, seed, _, *ctx.scores = inputs
     ctx.save_for_backward(query, key, value, *outputs, attn_mask, sinks, slopes, seed)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dout, dlse):
-    out = ctx.saved_tensors[3]
+    saved = ctx.saved_tensors  # once: checkpoints compute what they unpack
     if dout is None:
-        dout = torch.zeros_like(out)
-    args = (dout, dlse, *ctx.saved_tensors, ctx.mask_grad, *ctx.scores)
-    dq, dk, dv, dmask, dsinks = gradients(_bwd, _formula, *args)
-    dmask = dmask if ctx.mask_grad else None
+        dout = torch.zeros_like(saved[3])
+    mask_grad = ctx.needs_input_grad[3]  # of a captured graph, another than its forward was told of
+    dq, dk, dv, dmask, dsinks = gradients(_bwd, _formula, dout, dlse, *saved, mask_grad, *ctx.scores)
+    dmask = dmask if mask_grad else None
     dsinks = dsinks if ctx.needs_input_grad[4] else None
     return dq, dk, dv, dmask, dsinks, *(None,) * 9
 

@@ -144,10 +144,10 @@ def _save(ctx, inputs, outputs):
 
 
 def _backward(ctx, dout, dlse):
-    out = ctx.saved_tensors[3]
+    saved = ctx.saved_tensors  # once: checkpoints compute what they unpack
     if dout is None:
-        dout = torch.zeros_like(out)
-    dq, dk, dv, dsinks = gradients(_bwd, _formula, dout, dlse, *ctx.saved_tensors, *ctx.rest)
+        dout = torch.zeros_like(saved[3])
+    dq, dk, dv, dsinks = gradients(_bwd, _formula, dout, dlse, *saved, *ctx.rest)
     return dq, dk, dv, None, None, dsinks if ctx.needs_input_grad[5] else None, *(None,) * 10
 
 

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from fastllm.ops import _cross_entropy
 from fastllm.ops._arguments import check_dtype, integer
-from fastllm.ops._autograd import Function, gradients, run
+from fastllm.ops._autograd import Function, again, gradients, run
 from fastllm.reference import cross_entropy as reference
+from fastllm.tracing import batched, transformed
 
 
 @_cross_entropy.stats_fwd.differentiate
@@ -41,7 +42,7 @@ class _Stats(Function):
             dtarget = (dtarget if weight is None else dtarget * weight.to(acc)).to(target.dtype)
         # A compiled graph knows no versions: nobody would be told that the logits are gone.
         inplace = ctx.inplace and ctx.needs_input_grad[0] and not torch.compiler.is_compiling()
-        plain = weight is None and not target.is_floating_point() and not torch.is_grad_enabled()
+        plain = weight is None and not target.is_floating_point() and not again() and not batched(dlse)
         if inplace and plain and _cross_entropy.writable(logits):
             _cross_entropy.stats_bwd_in_place(dlse, dpicked, dmean, logits, target, top, lse, ctx.softcap)
             torch.autograd.graph.increment_version(logits)  # whoever saved them for another backward gets an error
@@ -107,15 +108,15 @@ def cross_entropy(
             before.)
         inplace: let the gradient overwrite the logits in the backward, which saves their memory once more. Whoever
             else saved them for a backward gets autograd's error about it; read them before. It has no effect in a
-            compiled graph, and on logits whose rows are not dense or share memory.
+            compiled graph, inside torch.func's transformations, and on logits whose rows are not dense or share memory.
 
     Returns:
         The loss, 0-d, or for "none" of target's shape. Differentiable;
         a second derivative runs on the reference.
 
     Raises:
-        IndexError: for a target that is no class, on the CPU (RuntimeError in a compiled graph); on a GPU a device-side
-            assertion fails, as torch's.
+        IndexError: for a target that is no class, on the CPU (RuntimeError in a compiled or captured graph); on a GPU a
+            device-side assertion fails, as torch's.
         TypeError: for dtypes that do not fit, and what is no number; ValueError: for shapes, devices and numbers that
             do not.
     """
@@ -149,6 +150,7 @@ def cross_entropy(
     )
     _cross_entropy.check_weight(name, weight, classes, input)
     _cross_entropy.check_num_valid(name, num_valid, reduction)
+    inplace = inplace and not transformed()
     base = input if input._base is None else input._base
     if inplace and base.is_leaf and base.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name}: inplace=True would overwrite a leaf, which somebody owns; give it computed logits")

@@ -102,6 +102,6 @@ def geglu(gate: Tensor, up: Tensor | None = None, approximate: str = "tanh") -> 
     if approximate not in ("tanh", "none"):
         raise ValueError(f"geglu: approximate must be 'tanh' or 'none', got {approximate!r}")
     gate, up = _glu.checked("geglu", gate, up)
-    if up is None and not torch.compiler.is_exporting():
+    if up is None and torch.is_grad_enabled() and not torch.compiler.is_exporting():
         return run(_fwd, gate, approximate == "tanh", function=_GEGLUPacked)
     return run(_fwd, *_glu.halves(gate, up), approximate == "tanh")

@@ -15,9 +15,9 @@ from fastllm.backends import KERNEL_DTYPES, Backend, Op, autocasts
 from fastllm.ops import _cross_entropy as _ce
 from fastllm.ops import _triton, _vocab_parallel
 from fastllm.ops._arguments import check_dtype, integer
-from fastllm.ops._autograd import Function, gradients, run
+from fastllm.ops._autograd import Function, again, gradients, run
 from fastllm.reference import linear_cross_entropy as reference
-from fastllm.tracing import host_values, transformed
+from fastllm.tracing import batched, host_values, transformed
 
 
 def _reason(input: Tensor, weight: Tensor) -> str | None:
@@ -248,14 +248,17 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dloss):
         wanted = ctx.rest[-1]
-        grads, ctx.grads = ctx.grads, None
-
-        def compute(dloss, *args):
-            # A second time, autograd has the first ones, and may have added to them.
-            return _scaled(_fwd_bwd_op(*args)[4:] if grads is None else grads, dloss)
-
-        found = gradients(_fwd_bwd_op, _loss_formula, dloss, *ctx.saved_tensors, *ctx.rest, compute=compute)
+        found, ctx.grads = ctx.grads, None
+        if found is None or again():  # a second time, autograd has the first ones, and may have added to them
+            args = (dloss, *ctx.saved_tensors, *ctx.rest)
+            found = gradients(_fwd_bwd_op, _loss_formula, *args, compute=_loss_gradients)
+        else:
+            found = _scaled(found, dloss)
         return *(grad if want else None for grad, want in zip(found, wanted, strict=True)), *(None,) * 6
+
+
+def _loss_gradients(dloss, *args):
+    return _scaled(_fwd_bwd_op(*args)[4:], dloss)
 
 
 def _loss_formula(dloss, input, weight, bias, target, scale, *rest):
@@ -265,7 +268,7 @@ def _loss_formula(dloss, input, weight, bias, target, scale, *rest):
 
 
 def _scaled(grads: Iterable[Tensor], dloss: Tensor, always: bool = False) -> tuple[Tensor, ...]:
-    value = None if always else host_values(dloss)
+    value = None if always or batched(dloss) else host_values(dloss)
     if value is not None and value.item() == 1:
         return tuple(grads)
     return tuple([(grad.to(dloss.dtype) * dloss).to(grad.dtype) for grad in grads])

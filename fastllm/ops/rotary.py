@@ -8,7 +8,7 @@ from torch import Tensor
 from fastllm.backends import KERNEL_DTYPES, Backend, Op, compiled
 from fastllm.ops import _attention, _triton
 from fastllm.ops._arguments import apart, check_dtype, check_inside
-from fastllm.ops._autograd import Function, apply, run
+from fastllm.ops._autograd import Function, again, apply, run
 from fastllm.reference import rotary as reference
 from fastllm.tracing import transformed
 
@@ -90,8 +90,7 @@ class _Rotary(Function):
     def backward(ctx, dq, dk):
         args = (dq, dk, *ctx.saved_tensors, ctx.interleaved, not ctx.inverse)
         # Linear, and so its gradient's gradient is one more call.
-        again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        return *(apply(_Rotary, *args) if again else _fwd(*args)), *(None,) * 5
+        return *(apply(_Rotary, *args) if again() else _fwd(*args)), *(None,) * 5
 
 
 @_in_place.differentiate
@@ -162,8 +161,10 @@ def rotary(
         q, k = run(_fwd, *args)
     elif torch.compiler.is_exporting() or transformed():
         q, k = (x.copy_(turned) for x, turned in zip((q, k), run(_fwd, *args), strict=True))
-    else:
+    elif torch.is_grad_enabled():
         q, k = run(_in_place, *args)
+    else:
+        _in_place(*args)
     return (q[0].transpose(0, 1), k[0].transpose(0, 1)) if packed else (q, k)
 
 

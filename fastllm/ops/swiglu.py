@@ -95,6 +95,6 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
         TypeError: for another dtype; ValueError: for shapes and devices that do not fit.
     """
     gate, up = _glu.checked("swiglu", gate, up)
-    if up is None and not torch.compiler.is_exporting():
+    if up is None and torch.is_grad_enabled() and not torch.compiler.is_exporting():
         return run(_fwd, gate, function=_SwiGLUPacked)
     return run(_fwd, *_glu.halves(gate, up))

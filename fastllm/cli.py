@@ -269,7 +269,8 @@ def _patch(args: argparse.Namespace) -> int:
     try:
         config = transformers.AutoConfig.from_pretrained(args.model)
         names = config.architectures or []
-        found = [getattr(transformers, name) for name in names if hasattr(transformers, name)]
+        known = [getattr(transformers, name, None) for name in names]
+        found: list[Any] = [x for x in known if isinstance(x, type) and issubclass(x, transformers.PreTrainedModel)]
         model_class = found[0] if found else transformers.AutoModelForCausalLM
         model = model_class.from_pretrained(args.model)
     except Exception as error:  # what is in the files decides which
@@ -406,6 +407,13 @@ def _drop_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _interrupted(error: BaseException | None) -> bool:
+    """Whether an interrupt became this error on its way: what torch writes a file with makes another of it."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0, 1 for what went wrong, 2 for arguments that make no sense."""
     if hasattr(sys.stdout, "reconfigure"):  # text, or a name of a file, that the terminal has no characters for
@@ -422,6 +430,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("fastllm: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
+        if _interrupted(error):
+            print("fastllm: interrupted", file=sys.stderr)
+            return 130
         if not _expected(error):
             raise
         if isinstance(error, OSError) and error.filename is None:

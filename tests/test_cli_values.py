@@ -297,6 +297,7 @@ def test_an_interrupt_is_one_line(folder, tmp_path):
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which is ignored behind a shell's &
     )
     deadline = time.monotonic() + 60
     while not (tmp_path / "run/metrics.csv").exists() and time.monotonic() < deadline:
@@ -306,6 +307,33 @@ def test_an_interrupt_is_one_line(folder, tmp_path):
     assert process.returncode == 130
     assert error.splitlines()[-1] == b"fastllm: interrupted"
     assert b"Traceback" not in error
+
+
+def test_an_interrupt_that_became_another_error_is_one(monkeypatch, capsys):
+    def run(argv):
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise RuntimeError("unexpected pos 4096 vs 4052")
+
+    monkeypatch.setattr(cli, "_run", run)
+    assert cli.main(["info"]) == 130
+    assert capsys.readouterr().err == "fastllm: interrupted\n"
+
+
+def test_training_needs_no_stderr(folder, monkeypatch, tmp_path):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert cli.main(train("text.txt", str(tmp_path / "run"))) == 0
+    assert (tmp_path / "run/checkpoint-2").is_dir()
+
+
+def test_an_architecture_that_is_no_model_is_named(capsys, tmp_path):
+    pytest.importorskip("transformers")
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaConfig"]}')
+    code, error = outcome(["patch", "--model", str(tmp_path)], capsys)
+    assert code == 1
+    assert f"{tmp_path} cannot be loaded" in error
 
 
 def train(text: str, out: str, *more: str) -> list[str]:

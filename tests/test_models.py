@@ -45,6 +45,7 @@ def tokens(rows: int = 2, length: int = 24, seed: int = 1) -> torch.Tensor:
         ({"width": 30}, "heads must divide width, got heads=4, width=30"),
         ({"kv_heads": 3}, "kv_heads must divide heads, got kv_heads=3, heads=4"),
         ({"kv_heads": 0}, "num_kv_heads must be a positive int, got 0"),
+        ({"heads": True}, "heads must be a positive int, got True"),
         ({"layers": 0}, "layers must be a positive int, got 0"),
         ({"width": 32.0}, "width must be a positive int, got 32.0"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),

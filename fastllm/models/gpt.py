@@ -82,7 +82,7 @@ class GPTConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context", "layers", "heads", "width", "num_kv_heads", "mlp_width"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"GPTConfig: {name} must be a positive int, got {value!r}")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:

@@ -338,9 +338,15 @@ class Trainer:
             self._write_sample()  # of the weights so far; a prompt that does not fit fails here, not after an hour
         log = MetricsLog(self.out, self.step)
         # In a file, a line every few seconds would bury everything else.
-        interval = 0.2 if sys.stderr.isatty() else 15.0
+        interval = 0.2 if sys.stderr is not None and sys.stderr.isatty() else 15.0
         bar = tqdm(
-            total=config.steps, initial=self.step, desc="train", unit="step", mininterval=interval, dynamic_ncols=True
+            total=config.steps,
+            initial=self.step,
+            desc="train",
+            unit="step",
+            mininterval=interval,
+            dynamic_ncols=True,
+            disable=sys.stderr is None,
         )
         shown: dict[str, str] = {}
         speed = 0.0

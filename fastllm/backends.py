@@ -160,16 +160,24 @@ def autocasts(device: str) -> bool:
     return device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
 
 
+def _autocast_is_on(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def without_autocast(device: str) -> contextlib.AbstractContextManager:
+    """A context in which autocast is off."""
+    return torch.autocast(device, enabled=False) if _autocast_is_on(device) else contextlib.nullcontext()
+
+
 def _by_itself(run: Callable) -> Callable:
     """`run` without autocast, whose casts are made outside of an op, if they are, and without gradients, which are the
     autograd function's."""
 
     def alone(*args):
         device = next(_tensors(args)).device.type
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        if not autocast and not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() and not _autocast_is_on(device):
             return run(*args)
-        with torch.no_grad(), torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
+        with torch.no_grad(), without_autocast(device):
             return run(*args)
 
     return alone
@@ -224,7 +232,7 @@ class Op:
 
     def below_autograd(self, *args):
         """The call from inside of an autograd function, which is not to meet the op's own."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return self(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return self(*args)
@@ -241,8 +249,7 @@ class Op:
                 with enable_single_level_autograd_function():
                     outputs = level.apply(*args)
                 return outputs if self.call._schema.returns else None
-            with torch._C._AutoDispatchBelowAutograd():
-                return self(*args)
+            return self.below_autograd(*args)
 
         self.function, function.op_name = function, self.name.removesuffix("_fwd")
         LIBRARY.impl(self.name, run, "Autograd")
@@ -292,31 +299,30 @@ class Op:
         message = f"fastllm.{self.name} runs on {chosen} for {device} tensors; " + (
             "; ".join(reasons) or f"no kernel for {device}"
         )
+        self._warn_once(message)
+
+    def _warn_once(self, message: str) -> None:
         if message not in self._warned:
             self._warned.add(message)
             warnings.warn(message, FallbackWarning, stacklevel=_users_level())
+
+    def check_second_derivative(self, device: torch.device) -> None:
+        """For the gradient of this op, a backward, which plain PyTorch computes: warns once, or raises where a kernel
+        is forced."""
+        if _forced not in (None, "reference"):
+            raise BackendUnavailable(
+                f"fastllm.{self.name}: backend {_forced!r} has no gradient of a gradient; the reference has"
+            )
+        self._warn_once(
+            f"fastllm.{self.name}: the gradient of a gradient runs on reference for {device.type} tensors; no kernel "
+            "has it"
+        )
 
 
 def warn_again() -> None:
     """Forgets which fallbacks were warned of: each warns once more."""
     for op in OPS.values():
         op._warned.clear()
-
-
-def check_second_derivative(name: str, device: torch.device) -> None:
-    """For the gradient of the backward `name`, which plain PyTorch computes: warns once, or raises where a kernel is
-    forced."""
-    if _forced not in (None, "reference"):
-        raise BackendUnavailable(
-            f"fastllm.{name}: backend {_forced!r} has no gradient of a gradient; the reference has"
-        )
-    message = (
-        f"fastllm.{name}: the gradient of a gradient runs on reference for {device.type} tensors; no kernel has it"
-    )
-    op = OPS[name]
-    if message not in op._warned:
-        op._warned.add(message)
-        warnings.warn(message, FallbackWarning, stacklevel=_users_level())
 
 
 def _users_level() -> int:

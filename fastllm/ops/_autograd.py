@@ -3,7 +3,6 @@ graph, under torch.func, and where a gradient is differentiated again."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -36,16 +35,13 @@ class Function(torch.autograd.Function):
 def run(op: backends.Op, *args: Any, function: Any = None) -> Any:
     """Calls an op with its autograd function, or another that takes the same. (A call of the op itself has its own,
     too, for more time.)"""
+    function = op.function if function is None else function
     if torch.compiler.is_compiling():
         # An exported graph keeps the op, whose registration then gives gradients to whoever trains the graph.
-        if torch.compiler.is_exporting() or transformed():
-            return op(*args)
-        return (op.function if function is None else function).apply(*args)
-    if transformed():
-        return _transformed(op.function if function is None else function).apply(*args)
-    if not torch.is_grad_enabled():
+        return op(*args) if torch.compiler.is_exporting() or transformed() else function.apply(*args)
+    if not torch.is_grad_enabled() and not transformed():
         return op.below_autograd(*args)
-    return (op.function if function is None else function).direct(*unwrap_dead_wrappers(args))
+    return apply(function, *args)
 
 
 def apply(function: type[Function], *args: Any) -> Any:
@@ -93,19 +89,19 @@ class _Gradients(Function):
     op_name = "the gradients of an op"
 
     @staticmethod
-    def forward(name, run, formula, *args):
+    def forward(op, run, formula, *args):
         return run(*args)
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
-        ctx.name, _, ctx.formula, *args = inputs
+        ctx.op, _, ctx.formula, *args = inputs
         ctx.others = [None if isinstance(arg, Tensor) else arg for arg in args]
         ctx.places = [i for i, arg in enumerate(args) if isinstance(arg, Tensor)]
         ctx.save_for_backward(*(args[i] for i in ctx.places))
 
     @staticmethod
     def backward(ctx, *grads):
-        backends.check_second_derivative(ctx.name, grads[0].device)
+        ctx.op.check_second_derivative(grads[0].device)
         args = list(ctx.others)
         for place, tensor in zip(ctx.places, ctx.saved_tensors, strict=True):
             args[place] = tensor
@@ -118,8 +114,7 @@ class _Gradients(Function):
             outputs = ctx.formula(*whole)
             return outputs if isinstance(outputs, tuple) else (outputs,)
 
-        device = grads[0].device.type  # the formula is computed in float32, whatever autocast is on
-        with torch.autocast(device, enabled=False) if backends.autocasts(device) else contextlib.nullcontext():
+        with backends.without_autocast(grads[0].device.type):  # the formula is computed in float32
             seconds = torch.func.vjp(formula, *(args[i] for i in wanted))[1](grads)
         found = dict(zip(wanted, seconds, strict=True))
         return None, None, None, *(found.get(i) for i in range(len(args)))
@@ -141,5 +136,5 @@ def gradients(op: backends.Op, formula: Callable, *args: Any, compute: Callable 
             it computes once more.
     """
     if again():
-        return apply(_Gradients, op.name, compute or op, formula, *args)
+        return apply(_Gradients, op, compute or op, formula, *args)
     return (compute or op)(*args)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import fnmatch
-import functools
 from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 from typing import Any
@@ -27,6 +26,7 @@ from fastllm.patching import (
     _residual,
 )
 from fastllm.patching._compare import Comparison, compare, difference
+from fastllm.patching._forward import bind
 from fastllm.patching._inputs import decoded_length, random_inputs
 from fastllm.patching._probe import Differs
 from fastllm.patching._report import Entry, PatchError, PatchReport
@@ -202,7 +202,7 @@ def _patch_gelu(
         except Exception:  # another activation, or no activation at all: it did not match
             known[key] = False
     if known[key]:
-        report.set_forward(module, functools.partial(_mlps.gelu_forward, module))
+        report.set_forward(module, bind(module, _mlps.gelu_forward))
         report.append(Entry(path, type(module).__name__, "gelu", "torch"))
 
 

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastllm.patching import _probe
 from fastllm.patching._attention import dot_product
+from fastllm.patching._forward import bind
 from fastllm.patching._probe import Differs
 
 OPS = ("attention",)
@@ -87,7 +88,7 @@ def find(module: nn.Module, only: bool | None = None) -> bool:
 
 
 def replacement(module: nn.Module, found: bool) -> Callable:
-    return functools.partial(forward, module)
+    return bind(module, forward)
 
 
 def op(found: bool) -> str:

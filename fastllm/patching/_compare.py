@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastllm.patching._forward import ours, unbound
+
 
 @dataclass
 class Comparison:
@@ -113,7 +115,7 @@ def compare(model: nn.Module, batch: Mapping[str, Any], *, seed: int = 0, **patc
             f"compare: batch must be a mapping of the model's arguments by name, got {type(batch).__name__}"
         )
     for path, module in model.named_modules():
-        if getattr(getattr(module.__dict__.get("forward"), "func", None), "__module__", "").startswith(__package__):
+        if ours(unbound(module.__dict__.get("forward"))):
             raise ValueError(f"compare: {path or 'the model'} is patched already; revert() that report first")
 
     # Blocks of layers and what they consist of: the leaves run other code.

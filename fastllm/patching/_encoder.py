@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastllm import ops
 from fastllm.patching import _probe
+from fastllm.patching._forward import bind
 
 OPS = ("dropout_add_layer_norm",)
 
@@ -26,9 +27,7 @@ def forward(
     is_causal: bool = False,
 ) -> Tensor:
     """torch's, but for calls without gradients in evaluation, for which torch has a fused layer of its own."""
-    own = [module.norm2, module.dropout1] if module.norm_first else [module.norm1, module.norm2, module.dropout1]
-    own += [] if module.norm_first else [module.dropout2]
-    if (not module.training and not torch.is_grad_enabled()) or any(map(_probe.hooked, own)):
+    if src.is_nested or (not module.training and not torch.is_grad_enabled()):
         return type(module).forward(module, src, src_mask, src_key_padding_mask, is_causal)
 
     def attend(x: Tensor) -> Tensor:
@@ -68,7 +67,8 @@ def find(module: nn.TransformerEncoderLayer, only: bool | None = None) -> bool:
 
 
 def replacement(module: nn.TransformerEncoderLayer, found: bool) -> Callable:
-    return functools.partial(forward, module)
+    uncalled = ("norm2", "dropout1") if module.norm_first else ("norm1", "norm2", "dropout1", "dropout2")
+    return bind(module, forward, uncalled=uncalled)
 
 
 def op(found: bool) -> str:

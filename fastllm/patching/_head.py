@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from fastllm import backends, ops
 from fastllm.backends import FallbackWarning
+from fastllm.patching._forward import bind, hooked, ours, unbound, watched
 from fastllm.patching._inputs import decoded_length
-from fastllm.patching._probe import Differs, hooked, judge, sharded, told
+from fastllm.patching._probe import Differs, judge, sharded, told
 from fastllm.patching._report import PatchError
 
 HUGE = 6e4  # a logit that saturates every softcap, and that float16 has
@@ -43,7 +44,9 @@ def can_defer(module: nn.Module, head: Head) -> bool:
     if not head.deferred or hooked(module):  # whoever looks at the logits, or changes them, gets them
         return False
     reason = None
-    if sharded(module):
+    if not ours(module.__dict__.get("forward")):  # which may bring its weight, and take it away again
+        reason = "has been given a forward by somebody else"
+    elif sharded(module):
         reason = "is sharded by itself, and its weight not whole when the loss is computed"
     elif not is_linear(module):
         reason = "has other parameters than when it was patched"
@@ -61,7 +64,7 @@ def is_linear(module: nn.Module) -> bool:
 def in_place(model: Any) -> bool:
     """Whether the model's head is still the one that was patched. (Its embeddings may have been resized, say.)"""
     forward = getattr(model.get_output_embeddings(), "__dict__", {}).get("forward")
-    if isinstance(forward, functools.partial):
+    if ours(unbound(forward)):
         return True
     message = f"fastllm.patch: {type(model).__name__} has another head than when it was patched: its loss is not fused"
     warnings.warn(message, FallbackWarning, stacklevel=2)
@@ -71,6 +74,8 @@ def in_place(model: Any) -> bool:
 def wants_no_logits(model: Any, output_logits: bool, kwargs: dict[str, Any]) -> bool:
     """Whether this call of the model's forward is one in training, with labels, that can do without."""
     if not model.training or output_logits or kwargs.get("labels") is None or kwargs.get("return_dict") is False:
+        return False
+    if watched():  # whoever looks at all modules sees what they were
         return False
     return getattr(model.config, "return_dict", True) and in_place(model)
 
@@ -161,9 +166,9 @@ def _set_loss(model: Any, function: Callable) -> Callable[[], None]:
 def install(report: Any, model: Any, head: Head) -> None:
     """Sets the three forwards on this model."""
     module = model.get_output_embeddings()
-    report.set_forward(module, functools.partial(head_forward, module, head))
+    report.set_forward(module, bind(module, head_forward, head))
     report.on_revert(_set_loss(model, functools.partial(loss_function, model, head, model.loss_function)))
-    report.set_forward(model, keep_signature(model, functools.partial(model_forward, model, head)))
+    report.set_forward(model, keep_signature(model, bind(model, model_forward, head)))
 
 
 def keep_signature(model: Any, forward: Any) -> Callable:

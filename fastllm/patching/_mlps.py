@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastllm import ops
 from fastllm.patching import _probe
+from fastllm.patching._forward import bind
 from fastllm.patching._probe import Differs
 
 
@@ -33,8 +34,7 @@ def gated(activation: str, gate: Tensor, up: Tensor | None) -> Tensor:
 
 
 def forward(module: nn.Module, kind: Gated, *args: Any, **kwargs: Any) -> Tensor:
-    watched = any(_probe.hooked(child) for name, child in module.named_children() if name not in kind)
-    if watched or len(args) + len(kwargs) != 1:  # whoever looks at the activation wants it called
+    if len(args) + len(kwargs) != 1:
         return type(module).forward(module, *args, **kwargs)
     (x,) = (*args, *kwargs.values())
     up = None if kind.up is None else getattr(module, kind.up)(x)
@@ -115,7 +115,7 @@ def find(module: nn.Module, only: Gated | None = None) -> Gated:
 
 
 def replacement(module: nn.Module, found: Gated) -> Callable:
-    return functools.partial(forward, module, found)
+    return bind(module, forward, found, uncalled=[name for name, _ in module.named_children() if name not in found])
 
 
 def op(found: Gated) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastllm import ops
 from fastllm.patching import _probe
+from fastllm.patching._forward import bind
 from fastllm.patching._probe import Differs
 
 
@@ -106,7 +107,7 @@ def find(module: nn.Module, only: tuple | None = None) -> tuple[Norm, tuple[str,
 
 
 def replacement(module: nn.Module, found: tuple[Norm, tuple[str, ...]]) -> Callable:
-    return functools.partial(forward, module, *found)
+    return bind(module, forward, *found)
 
 
 def op(found: tuple[Norm, tuple[str, ...]]) -> str:

@@ -3,7 +3,6 @@ with their shape and no memory, which becomes linear_cross_entropy when the loss
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fastllm import ops
+from fastllm.patching._forward import bind
 from fastllm.patching._head import Head, can_defer, keep_signature, wants_no_logits
 from fastllm.patching._inputs import decoded_length
 from fastllm.patching._probe import Differs, told
@@ -119,8 +119,8 @@ def model_forward(model: Any, head: Head, *args: Any, output_logits: bool = Fals
 def install(report: Any, model: Any, head: Head) -> None:
     """Sets the two forwards on this model."""
     module = model.get_output_embeddings()
-    report.set_forward(module, functools.partial(head_forward, module, head))
-    report.set_forward(model, keep_signature(model, functools.partial(model_forward, model, head)))
+    report.set_forward(module, bind(module, head_forward, head))
+    report.set_forward(model, keep_signature(model, bind(model, model_forward, head)))
 
 
 class _Watch(TorchFunctionMode):

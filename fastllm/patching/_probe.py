@@ -112,13 +112,6 @@ def trial(module: nn.Module) -> nn.Module:
     return made
 
 
-def hooked(module: nn.Module) -> bool:
-    """Whether somebody wants to know when this module runs."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
 @contextlib.contextmanager
 def quiet(module: nn.Module) -> Iterator[None]:
     """Leaves no trace of probes, neither in the random state nor in the modules' modes, and compiles nothing for them,

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from fastllm.patching._forward import unbound
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -60,7 +62,7 @@ class PatchReport(list):
         name = type(module).__name__
 
         def undo() -> None:
-            if module.__dict__.get("forward") is not forward:
+            if unbound(module.__dict__.get("forward")) is not forward:
                 raise PatchError(f"revert: the forward of a {name} was replaced by somebody else after the patch")
             del module.__dict__["forward"]
 

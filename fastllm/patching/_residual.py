@@ -3,7 +3,6 @@ missing."""
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from fastllm import backends, ops
 from fastllm.patching import _norms, _probe
+from fastllm.patching._forward import bind
 from fastllm.patching._probe import Differs
 
 OPS = ("dropout_add_layer_norm", "dropout_add_rms_norm")
@@ -50,13 +50,14 @@ def dropout_add_norm(
 
 
 def forward(module: nn.Module, found: Residual, *args: Any, **kwargs: Any) -> Tensor:
-    dropout, norm = getattr(module, found.dropout), getattr(module, found.norm)
-    if kwargs or _probe.hooked(dropout) or _probe.hooked(norm):  # whoever looks at them wants them called
+    if kwargs or len(args) != 2:
         return type(module).forward(module, *args, **kwargs)
-    a, b = args
-    branch, residual = (b, a) if found.first else (a, b)
+    dropout, norm = getattr(module, found.dropout), getattr(module, found.norm)
+    branch, residual = reversed(args) if found.first else args
     if found.projection is not None:
         branch = getattr(module, found.projection)(branch)
+    if branch.shape != residual.shape:  # a sum broadcasts
+        return norm(dropout(branch) + residual)
     parameters = (getattr(norm, name) for name in found.parameters)
     return dropout_add_norm(found.kind, branch, residual, dropout.p, dropout.training, *parameters)
 
@@ -141,7 +142,7 @@ def find(module: nn.Module, only: Residual | None = None) -> Residual:
 
 
 def replacement(module: nn.Module, found: Residual) -> Callable:
-    return functools.partial(forward, module, found)
+    return bind(module, forward, found, uncalled=(found.dropout, found.norm))
 
 
 def op(found: Residual) -> str:

@@ -1,0 +1,101 @@
+"""The forward that a replaced module is given, and when it goes back to the module's own: where the modules that it
+computes without calling them are others than those that were proven, or somebody wants them called."""
+
+from __future__ import annotations
+
+import functools
+import types
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+from fastllm.backends import FallbackWarning
+
+
+class Proven(NamedTuple):
+    """What a replaced module was when it was proven."""
+
+    original: Callable  # its class's forward
+    children: tuple[tuple[str, nn.Module, type], ...]  # that it no longer calls: name, module, class
+    functions: tuple[tuple[str, Any], ...]  # that it kept in attributes
+
+
+def bind(module: nn.Module, run: Callable, *found: Any, uncalled: Iterable[str] = ()) -> functools.partial:
+    """run(module, *found, ...) as the forward of this one module.
+
+    Args:
+        uncalled: names of its children that `run` does not call, but computes.
+    """
+    children = tuple((name, child, type(child)) for name in uncalled if (child := module._modules[name]) is not None)
+    functions = tuple((n, f) for n, f in vars(module).items() if callable(f) and n[0] != "_" and n != "forward")
+    forward = functools.partial(call, module, run, found, Proven(type(module).forward, children, functions))
+    forward.__name__ = "forward"  # type: ignore[attr-defined] # by which a method made of it is pickled
+    return forward
+
+
+def ours(forward: Any) -> bool:
+    """Whether `patch` has set this forward."""
+    return isinstance(forward, functools.partial) and forward.func is call
+
+
+def call(module: nn.Module, run: Callable, found: tuple, proven: Proven, *args: Any, **kwargs: Any) -> Any:
+    """The forward of a replaced module."""
+    if args and isinstance(args[0], nn.Module):  # bound once more, as accelerate's unwrap_model does with forwards
+        if args[0] is not module:
+            return type(args[0]).forward(*args, **kwargs)
+        args = args[1:]
+    if not _as_proven(module, proven):
+        return type(module).forward(module, *args, **kwargs)
+    return run(module, *found, *args, **kwargs)
+
+
+def _as_proven(module: nn.Module, proven: Proven) -> bool:
+    if type(module).forward is not proven.original:
+        _warn(module, "has the forward of another class than when it was patched")
+        return False
+    for name, child, was in proven.children:
+        if module._modules.get(name) is not child or type(child) is not was:
+            _warn(module, f"has another {name} than when it was patched")
+            return False
+        if not untouched(child):  # whoever looks at it, or brings its parameters, wants it called
+            return False
+    for name, function in proven.functions:
+        if module.__dict__.get(name) is not function:
+            _warn(module, f"has another {name} than when it was patched")
+            return False
+    return True
+
+
+def _warn(module: nn.Module, what: str) -> None:
+    message = f"fastllm.patch: {type(module).__name__} {what}: it runs as it was before the patch"
+    warnings.warn(message, FallbackWarning, stacklevel=4)
+
+
+def untouched(module: nn.Module) -> bool:
+    """Whether nobody has hooked the module, or given it a forward of his own."""
+    forward = module.__dict__.get("forward")
+    return not hooked(module) and (forward is None or ours(forward))
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether somebody wants to know when this module runs, or when any module does."""
+    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(own) or watched()
+
+
+def watched() -> bool:
+    """Whether somebody wants to know when any module at all runs."""
+    return bool(
+        torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+    )
+
+
+def unbound(forward: Any) -> Any:
+    """The forward itself, where somebody has made a method of it."""
+    return forward.__func__ if isinstance(forward, types.MethodType) else forward

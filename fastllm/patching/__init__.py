@@ -16,6 +16,7 @@ from fastllm.backends import explain
 from fastllm.patching import (
     _attention,
     _calls,
+    _config,
     _encoder,
     _head,
     _mlps,
@@ -236,7 +237,7 @@ def _switched(model: Any, device: torch.device, dtype: torch.dtype, verify: bool
         except Exception as error:
             raise Differs(f"it cannot be run on random inputs: {_probe.told(error)}") from error
     undo = _attention.switch(model)
-    reason = None if model.config._attn_implementation == _attention.NAME else "it keeps its own attention"
+    reason = None if model.config._attn_implementation == _config.NAME else "it keeps its own attention"
     if verify and reason is None:
         try:
             reason = _difference(before, _outputs(model, inputs), dtype)

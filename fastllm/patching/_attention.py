@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,15 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastllm import ops
+from fastllm.patching._config import NAME, init_continuous_batching, own
 from fastllm.patching._probe import Differs, told
 from fastllm.tracing import lasting
-
-NAME = "fastllm"
-"""Of the attention implementation, as `set_attn_implementation` takes it."""
-
-
-CHOICE = "_attn_implementation_internal"
-"""Where a configuration keeps it."""
 
 UNPADDED_ON_CPU = 768
 """Shorter rows are attended to with their padding there: taking it out costs as much as it saves."""
@@ -52,12 +46,13 @@ def _weights_wanted(kwargs: dict[str, Any]) -> bool:
 
 
 class Sequences(NamedTuple):
-    """Of what a boolean mask lets tokens see, if that is no more than their own sequence and, if causal, its past."""
+    """Of what a boolean mask lets queries see, if that is no more than the keys of their own sequence and, if causal,
+    its past."""
 
-    rows: Tensor | None  # of the tokens among all B S, int64; None if there is no padding
+    rows: Tensor | None  # of the keys that are seen among all B S, int64; None if there is no padding
     cu_seq: Tensor  # (N + 1,) int32
     longest: int
-    causal: bool
+    causal: bool  # then queries and keys are the same tokens, and hidden together
     window: tuple[int, int]
     version: int  # of the mask: whoever writes to it makes it another
 
@@ -72,14 +67,14 @@ def mask(**kwargs: Any) -> Tensor | None:
     traced = torch.compiler.is_compiling() or not lasting()
     if made is None or tokens is None or tokens.dim() != 2 or traced or made.is_inference():
         return made
-    square = kwargs["q_length"] == kwargs["kv_length"] == tokens.shape[1]
-    if square and function in (causal_mask_function, bidirectional_mask_function):
+    causal = function is causal_mask_function and kwargs["q_length"] == kwargs["kv_length"]
+    if kwargs["kv_length"] == tokens.shape[1] and (causal or function is bidirectional_mask_function):
         lengths = tokens.bool().sum(1, dtype=torch.int32)
         made.sequences = Sequences(  # type: ignore[attr-defined]
             tokens.flatten().nonzero().squeeze(1),
             F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)),
             int(lengths.max()),
-            function is causal_mask_function,
+            causal,
             (-1, -1),
             made._version,
         )
@@ -140,8 +135,8 @@ def attention(
     sequences = None
     if position_bias is None and not (dropout and query.device.type == "cpu"):  # only the reference has that, packed
         sequences = _sequences(attention_mask, kwargs.get("cu_seq_lens_q"), kwargs.get("sliding_window"))
-    short = query.device.type == "cpu" and query.shape[2] < UNPADDED_ON_CPU
-    if sequences is not None and query.shape[2] == key.shape[2] and not (short and sequences.rows is not None):
+    short = query.device.type == "cpu" and key.shape[2] < UNPADDED_ON_CPU
+    if sequences is not None and not (short and sequences.rows is not None) and _fits(attention_mask, query, key):
         return _packed(query, key, value, sequences, dropout_p=dropout, **scores), None
     rows = query.shape[2]
     if is_causal is None:
@@ -157,21 +152,36 @@ def attention(
         mask = mask[..., : key.shape[2]]
     if position_bias is not None:
         mask, causal = _biased(position_bias, mask, causal, query, key), False
+    if key.shape[0] != query.shape[0]:  # queries that are learned, say, and the same for all
+        batch = max(key.shape[0], query.shape[0])
+        query, key, value = (x.expand(batch, -1, -1, -1) for x in (query, key, value))
     out = dot_product(query, key, value, mask, dropout, causal, enable_gqa=query.shape[1] != key.shape[1], **scores)
     return out.transpose(1, 2).contiguous(), None
 
 
+def _fits(mask: Tensor | None, query: Tensor, key: Tensor) -> bool:
+    """Whether queries and keys are those that the mask was made for."""
+    batch, _, rows, columns = mask.shape  # type: ignore[union-attr]
+    return query.shape[0] == key.shape[0] == batch and (query.shape[2], key.shape[2]) == (rows, columns)
+
+
 def _packed(query: Tensor, key: Tensor, value: Tensor, known: Sequences, **scores: Any) -> Tensor:
-    """(B, S, H, DV) of sequences without their padding, for whose rows it is 0."""
+    """(B, Sq, H, DV) of sequences without their hidden keys; without the queries either where these are the same
+    tokens, and then 0 for them."""
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    batch, _, rows, _ = query.shape
+    cu_seq_q, longest = known.cu_seq, known.longest
     if known.rows is not None:
-        q, k, v = (x[known.rows] for x in (q, k, v))
+        k, v = k[known.rows], v[known.rows]
+        if known.causal:
+            q = q[known.rows]
+        else:
+            cu_seq_q, longest = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * rows, rows
     out: Any = ops.attention_varlen(
-        q, k, v, known.cu_seq, known.cu_seq, known.longest, known.longest,
+        q, k, v, cu_seq_q, known.cu_seq, longest, known.longest,
         is_causal=known.causal, window_size=known.window, enable_gqa=q.shape[1] != k.shape[1], **scores,
     )  # fmt: skip
-    batch, _, rows, _ = query.shape
-    if known.rows is not None:
+    if known.rows is not None and known.causal:
         out = out.new_zeros(batch * rows, *out.shape[1:]).index_copy(0, known.rows, out)
     return out.unflatten(0, (batch, rows))
 
@@ -190,10 +200,13 @@ def dot_product(
     sinks: Tensor | None = None,
 ) -> Tensor:
     """ops.attention, but for what only its reference does, and torch's own attention faster: dropout on a CPU, and the
-    gradient of a mask."""
+    gradient of a mask; and for shapes that only torch's takes: other ranks than 4, and what must be broadcast."""
     dropped = dropout_p and query.device.type == "cpu"
     learned = attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled()
-    if (dropped or learned) and not softcap and sinks is None:
+    ranks = {query.dim(), key.dim(), value.dim()} != {4} or query.is_nested
+    odd = ranks or not query.shape[0] == key.shape[0] == value.shape[0] or key.shape[1] != value.shape[1]
+    odd = odd or (query.shape[1] != key.shape[1] and not enable_gqa)
+    if (dropped or learned or odd) and not softcap and sinks is None:
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
@@ -238,35 +251,18 @@ def reason_against(model: Any) -> str | None:
 
 
 def switch(model: Any) -> Callable[[], None]:
-    """Sets the model's attention to NAME; returns what sets it back.
-
-    Models may share a configuration, in which the choice stands: this one gets copies, and what is set in them
-    meanwhile the originals take over in the end."""
-    from transformers import PreTrainedConfig
-
-    holders = [
-        (m, name, value)
-        for m in model.modules()
-        for name, value in vars(m).items()
-        if isinstance(value, PreTrainedConfig)
-    ]
-    memo: dict[int, Any] = {}  # by id, the copy of each; under its own id, all originals
-    for module, name, config in holders:
-        module.__dict__[name] = copy.deepcopy(config, memo)
-    pairs = [(config, memo[id(config)]) for config in {id(c): c for c in memo.get(id(memo), [])}.values()]
-    copies = [(c, made, dict(vars(made))) for c, made in pairs if isinstance(c, PreTrainedConfig)]
+    """Sets the model's attention to NAME; returns what sets it back."""
+    undo_configs = own(model)
 
     def undo() -> None:
-        for original, made, before in copies:
-            for name, value in vars(made).items():
-                if (name != CHOICE or value != NAME) and (name not in before or value is not before[name]):
-                    original.__dict__[name] = value
-        for module, name, config in holders:
-            module.__dict__[name] = config
+        model.__dict__.pop("init_continuous_batching", None)
+        undo_configs()
 
     try:
         model.set_attn_implementation(NAME)
     except Exception as error:
         undo()
         raise Differs(f"its attention cannot be set: {told(error)}") from error
+    if hasattr(type(model), "init_continuous_batching"):
+        model.__dict__["init_continuous_batching"] = functools.partial(init_continuous_batching, model)
     return undo

@@ -20,17 +20,21 @@ class Proven(NamedTuple):
 
     original: Callable  # its class's forward
     children: tuple[tuple[str, nn.Module, type], ...]  # that it no longer calls: name, module, class
-    functions: tuple[tuple[str, Any], ...]  # that it kept in attributes
+    functions: tuple[tuple[str, Any], ...]  # in its attributes, that it no longer calls
+
+
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 
 
 def bind(module: nn.Module, run: Callable, *found: Any, uncalled: Iterable[str] = ()) -> functools.partial:
     """run(module, *found, ...) as the forward of this one module.
 
     Args:
-        uncalled: names of its children that `run` does not call, but computes.
+        uncalled: names of its children, and of functions in its attributes, that `run` does not call but computes.
     """
-    children = tuple((name, child, type(child)) for name in uncalled if (child := module._modules[name]) is not None)
-    functions = tuple((n, f) for n, f in vars(module).items() if callable(f) and n[0] != "_" and n != "forward")
+    named = [(name, getattr(module, name)) for name in uncalled]
+    children = tuple((name, value, type(value)) for name, value in named if isinstance(value, nn.Module))
+    functions = tuple((name, value) for name, value in named if isinstance(value, _FUNCTIONS))
     forward = functools.partial(call, module, run, found, Proven(type(module).forward, children, functions))
     forward.__name__ = "forward"  # type: ignore[attr-defined] # by which a method made of it is pickled
     return forward

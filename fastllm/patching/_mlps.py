@@ -115,7 +115,8 @@ def find(module: nn.Module, only: Gated | None = None) -> Gated:
 
 
 def replacement(module: nn.Module, found: Gated) -> Callable:
-    return bind(module, forward, found, uncalled=[name for name, _ in module.named_children() if name not in found])
+    names = [*(name for name, _ in module.named_children()), *(name for name in vars(module) if name[0] != "_")]
+    return bind(module, forward, found, uncalled=[name for name in names if name not in found])
 
 
 def op(found: Gated) -> str:

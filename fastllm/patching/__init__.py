@@ -5,33 +5,18 @@ from __future__ import annotations
 import contextlib
 import copy
 import fnmatch
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fastllm.backends import explain
-from fastllm.patching import (
-    _attention,
-    _calls,
-    _config,
-    _encoder,
-    _head,
-    _mlps,
-    _multihead,
-    _norms,
-    _own_loss,
-    _probe,
-    _residual,
-)
-from fastllm.patching._compare import Comparison, compare, difference
+from fastllm.patching import _calls, _encoder, _mlps, _multihead, _norms, _probe, _residual, _whole_model
+from fastllm.patching._compare import Comparison, compare
 from fastllm.patching._forward import bind
-from fastllm.patching._inputs import decoded_length, random_inputs
 from fastllm.patching._probe import Differs
 from fastllm.patching._report import Entry, PatchError, PatchReport
-from fastllm.testing import sample
 
 __all__ = ["Comparison", "Entry", "PatchError", "PatchReport", "compare", "patch", "patched"]
 
@@ -109,9 +94,8 @@ def patch(
     try:
         with _probe.quiet(model):
             _patch_modules(report, model, wanted)
-            if hasattr(model, "config") and hasattr(model, "set_attn_implementation"):
-                _patch_attention(report, model, wanted, verify)
-                _patch_head(report, model, wanted)
+            for path, found in _whole_model.of_transformers(model):
+                _whole_model.patch(report, path, found, wanted, verify)
     except BaseException:
         report.revert()
         raise
@@ -132,22 +116,8 @@ def patched(model: nn.Module, **kwargs: Any) -> Iterator[PatchReport]:
         report.revert()
 
 
-def _device_and_dtype(model: nn.Module) -> tuple[torch.device, torch.dtype]:
-    for parameter in model.parameters():
-        if parameter.is_meta:  # it will be where torch computes
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu"), parameter.dtype
-        if parameter.dtype.is_floating_point:
-            return parameter.device, parameter.dtype
-    return torch.device("cpu"), torch.float32
-
-
-def _backend(op: str, device: torch.device, dtype: torch.dtype) -> str:
-    args, kwargs = sample(op, device, dtype)
-    return explain(op, *args, **kwargs).backend
-
-
 def _patch_modules(report: PatchReport, model: nn.Module, wanted: _Choice) -> None:
-    device, dtype = _device_and_dtype(model)
+    device, dtype = _whole_model.device_and_dtype(model)
     known: dict[tuple, Any] = {}  # what modules of a signature were found to be, or why not
     backends: dict[str, str] = {}
     kinds: tuple[ModuleType, ...] = (_encoder, _residual, _norms, _mlps, _multihead, _calls)
@@ -170,7 +140,7 @@ def _patch_modules(report: PatchReport, model: nn.Module, wanted: _Choice) -> No
             if "forward" in module.__dict__:
                 report.append(Entry(path, was, reason="its forward was replaced already"))
             else:
-                backends[op] = backends.get(op) or _backend(op, device, dtype)
+                backends[op] = backends.get(op) or _whole_model.backend(op, device, dtype)
                 report.set_forward(module, kind.replacement(module, found))
                 report.append(Entry(path, was, op, backends[op]))
                 whole += [f"{path}." if path else ""] if kind in (_residual, _mlps) else []
@@ -205,138 +175,3 @@ def _patch_gelu(
     if known[key]:
         report.set_forward(module, bind(module, _mlps.gelu_forward))
         report.append(Entry(path, type(module).__name__, "gelu", "torch"))
-
-
-def _patch_attention(report: PatchReport, model: Any, wanted: _Choice, verify: bool) -> None:
-    was = f"attention: {model.config._attn_implementation}"
-    if not wanted("", "attention"):
-        return
-    device, dtype = _device_and_dtype(model)
-    try:
-        report.on_revert(_switched(model, device, dtype, verify))
-    except Differs as differs:
-        report.append(Entry("", was, reason=str(differs)))
-    else:
-        report.append(Entry("", was, "attention", _backend("attention", device, dtype)))
-
-
-def _switched(model: Any, device: torch.device, dtype: torch.dtype, verify: bool) -> Callable[[], None]:
-    """Sets the model's attention to ours; returns what sets it back.
-
-    Raises:
-        Differs: if that cannot be, or the model then computes something else; its attention is as before.
-    """
-    reason = _attention.reason_against(model)
-    if reason is not None:
-        raise Differs(reason)
-    inputs, before = None, {}
-    if verify:
-        try:
-            inputs = random_inputs(model, device)
-            before = _outputs(model, inputs)
-        except Exception as error:
-            raise Differs(f"it cannot be run on random inputs: {_probe.told(error)}") from error
-    undo = _attention.switch(model)
-    reason = None if model.config._attn_implementation == _config.NAME else "it keeps its own attention"
-    if verify and reason is None:
-        try:
-            reason = _difference(before, _outputs(model, inputs), dtype)
-        except Exception as error:
-            reason = f"it does not run: {_probe.told(error)}"
-    if reason is not None:
-        undo()
-        raise Differs(reason)
-    return undo
-
-
-def _outputs(model: Any, inputs: Any) -> dict[str, Tensor | None]:
-    """Logits or hidden states, and the gradient of a parameter behind the whole model."""
-    model.eval()
-    with torch.enable_grad(), _probe.grads_kept(model):
-        output = model(**inputs)
-        out = output["logits"] if "logits" in output else next(v for v in output.values() if isinstance(v, Tensor))
-        cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out.device, out.dtype)
-        if _probe.sharded(model):  # which wants its iteration ended
-            out.backward(cotangent)
-            grads = [p.grad for p in model.parameters()]
-        else:
-            leaf = next((p for p in model.parameters() if p.requires_grad), None)
-            grads = [] if leaf is None else list(torch.autograd.grad(out, leaf, cotangent, allow_unused=True))
-    return {"output": out.detach(), "gradient": next((grad for grad in grads if grad is not None), None)}
-
-
-SMALL = 2**14
-"""Elements of parameters whose gradients are compared; of the others one is, and the head's."""
-
-
-def _trained(model: Any, head: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor | None]:
-    """The loss of the model in training and its gradients, with the same dropout each time."""
-    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    chosen = {
-        name: p for i, (name, p) in enumerate(weights.items()) if i == 0 or p.numel() <= SMALL or p is head.weight
-    }
-    labels = torch.arange(decoded_length(inputs))[None].to(head.weight.device) % head.weight.shape[0]
-    buffers = [(b, b.clone()) for b in model.buffers()]
-    model.train()
-    try:
-        torch.manual_seed(0)
-        with torch.enable_grad():
-            loss = model(**inputs, labels=labels).loss
-            grads = torch.autograd.grad(loss, list(chosen.values()), allow_unused=True) if chosen else ()
-    finally:
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
-    return {"loss": loss.detach(), **dict(zip(chosen, grads, strict=True))}
-
-
-def _difference(before: dict[str, Tensor | None], after: dict[str, Tensor | None], dtype: torch.dtype) -> str | None:
-    """What differs by more than roundings, of a whole model; gradients by those of the largest of them."""
-    largest = max((difference(x, x)[1] for name, x in before.items() if name != "loss" and x is not None), default=0.0)
-    for name, a in before.items():
-        b = after[name]
-        if a is None or b is None:
-            if (a is None) != (b is None):
-                return f"the gradient of {name} is {'missing' if b is None else 'new'}"
-            continue
-        worst, own = difference(a, b)
-        eps = torch.finfo(dtype).eps ** (1.0 if dtype == torch.float32 else 1.5)
-        if not worst <= 1000 * eps * max(own, 0.1 * largest):
-            what = name if name in ("loss", "output", "gradient") else f"gradient of {name}"
-            return f"the {what} of the whole model differs by {worst:.1e} where the largest is {own:.1e}"
-    return None
-
-
-def _patch_head(report: PatchReport, model: Any, wanted: _Choice) -> None:
-    module = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if module is None:
-        return
-    path = next((path for path, m in model.named_modules() if m is module), "")
-    was = f"{type(module).__name__} and loss"
-    if not wanted(path, "linear_cross_entropy"):
-        return
-    device, dtype = _device_and_dtype(model)
-    try:
-        if "forward" in model.__dict__:
-            raise Differs("the model's forward was replaced already")
-        model.eval()
-        inputs = random_inputs(model, device)
-        head, install = _head.find(model, module, inputs), _head.install
-        if head is None:
-            head, install = _own_loss.find(model, module, inputs), _own_loss.install
-        before = _trained(model, module, inputs)
-        made = PatchReport(model)
-        install(made, model, head)
-        try:
-            reason = _difference(before, _trained(model, module, inputs), dtype)
-        except Exception as error:
-            reason = f"its loss cannot be run: {_probe.told(error)}"
-        if reason is not None:
-            made.revert()
-            raise Differs(reason)
-        report.on_revert(made.revert)
-    except Exception as error:
-        said = str(error) if isinstance(error, Differs) else f"it cannot be run on random inputs: {_probe.told(error)}"
-        report.append(Entry(path, was, reason=said))
-        return
-    report.append(Entry(path, was, "linear_cross_entropy", _backend("linear_cross_entropy", device, dtype)))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from torch import nn
-from torch.nn.modules import module as torch_module
+from torch.nn.modules import module as _modules
 
 from fastllm.backends import FallbackWarning
 
@@ -22,6 +22,14 @@ class Proven(NamedTuple):
     children: tuple[tuple[str, nn.Module, type], ...]  # that it no longer calls: name, module, class
     functions: tuple[tuple[str, Any], ...]  # in its attributes, that it no longer calls
 
+
+GLOBAL_HOOKS = (
+    _modules._global_forward_hooks,
+    _modules._global_forward_pre_hooks,
+    _modules._global_backward_hooks,
+    _modules._global_backward_pre_hooks,
+)
+"""Those of all modules."""
 
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 
@@ -92,12 +100,7 @@ def hooked(module: nn.Module) -> bool:
 
 def watched() -> bool:
     """Whether somebody wants to know when any module at all runs."""
-    return bool(
-        torch_module._global_forward_hooks
-        or torch_module._global_forward_pre_hooks
-        or torch_module._global_backward_hooks
-        or torch_module._global_backward_pre_hooks
-    )
+    return any(GLOBAL_HOOKS)
 
 
 def unbound(forward: Any) -> Any:

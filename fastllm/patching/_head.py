@@ -32,6 +32,7 @@ class Head:
         self.shift = shift  # a position's target is the next label, not its own
         self.deferred = False
         self.hidden: Tensor | None = None
+        self.asked: list[str] = []  # for what logits had to be made after all
 
     def logits(self, module: nn.Module, hidden: Tensor) -> Tensor:
         """What the loss is given where nothing is deferred."""

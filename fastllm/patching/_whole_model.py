@@ -1,0 +1,285 @@
+"""Attention and head of models of transformers: proven with the whole model, in float32 whatever its dtype."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastllm.backends import explain
+from fastllm.patching import _attention, _config, _head, _own_loss, _probe
+from fastllm.patching._compare import difference
+from fastllm.patching._inputs import decoded_length, random_inputs
+from fastllm.patching._probe import Differs
+from fastllm.patching._report import Entry, PatchReport
+from fastllm.testing import sample
+
+SMALL = 2**14
+"""Elements of parameters whose gradients are compared; of the others one is, and the head's."""
+
+_SHORT = (torch.bfloat16, torch.float16)
+
+
+def of_transformers(model: nn.Module) -> list[tuple[str, Any]]:
+    """The outermost models of transformers in a module, which may be one itself, with their paths."""
+    found: list[tuple[str, Any]] = []
+    for path, module in model.named_modules():
+        inside = any(not outer or path.startswith(f"{outer}.") for outer, _ in found)
+        if not inside and hasattr(type(module), "set_attn_implementation") and hasattr(module, "config"):
+            found.append((path, module))
+    return found
+
+
+def device_and_dtype(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    for parameter in model.parameters():
+        if parameter.is_meta:  # it will be where torch computes
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu"), parameter.dtype
+        if parameter.dtype.is_floating_point:
+            return parameter.device, parameter.dtype
+    return torch.device("cpu"), torch.float32
+
+
+def backend(op: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Which backend runs an op there."""
+    args, kwargs = sample(op, device, dtype)
+    return explain(op, *args, **kwargs).backend
+
+
+class Proof:
+    """A model and what its trials are made with, which two of them share.
+
+    In 16 bits, and of random weights, one attention looks much like another: what is proven is a copy in float32."""
+
+    def __init__(self, model: Any):
+        self.model = model
+        self.device, self.dtype = device_and_dtype(model)
+        self.inference = any(p.is_inference() for p in model.parameters())
+        self._wide: Any = None
+
+    def wide(self) -> Any:
+        """The model itself, if it is of float32 or wider; else a copy that is.
+
+        Raises:
+            Differs: if it cannot be copied.
+        """
+        parameters = list(self.model.parameters())
+        if any(p.is_meta for p in parameters):
+            return self.model
+        if not self.inference and not any(p.dtype in _SHORT for p in parameters):
+            return self.model
+        if self._wide is None:
+            if any(_probe.sharded(m) for m in self.model.modules()):
+                raise Differs("it is sharded already and cannot be proven in float32: patch it before fully_shard")
+            self._wide = self._copy()
+        return self._wide
+
+    def _copy(self) -> Any:
+        try:
+            return _widened(self.model, self.device)
+        except torch.OutOfMemoryError:
+            pass  # and out of the handler, whose traceback holds what was allocated
+        except Exception as error:
+            raise Differs(f"it cannot be copied to be proven in float32: {_probe.told(error)}") from error
+        try:
+            return _widened(self.model, torch.device("cpu"))
+        except Exception as error:
+            raise Differs(f"it cannot be copied to be proven in float32: {_probe.told(error)}") from error
+
+
+def _widened(model: Any, device: torch.device) -> Any:
+    """A copy with parameters and buffers of at least float32."""
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        if id(tensor) not in memo and type(tensor) in (Tensor, nn.Parameter):
+            dtype = torch.promote_types(tensor.dtype, torch.float32) if tensor.is_floating_point() else tensor.dtype
+            made = tensor.detach().to(device, dtype, copy=True)
+            floating = made.is_floating_point() or made.is_complex()
+            memo[id(tensor)] = nn.Parameter(made, tensor.requires_grad and floating) if _parameter(tensor) else made
+    return copy.deepcopy(model, memo)
+
+
+def _parameter(tensor: Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter)
+
+
+def patch(report: PatchReport, path: str, model: Any, wanted: Callable[[str, str], bool], verify: bool) -> None:
+    """Replaces attention and head of a model of transformers, or reports why not."""
+    proof = Proof(model)
+    _patch_attention(report, path, proof, wanted, verify)
+    _patch_head(report, path, proof, wanted)
+
+
+def _patch_attention(
+    report: PatchReport, path: str, proof: Proof, wanted: Callable[[str, str], bool], verify: bool
+) -> None:
+    was = f"attention: {proof.model.config._attn_implementation}"
+    if not wanted(path, "attention"):
+        return
+    try:
+        undo = _switched(proof, verify)
+    except Differs as differs:
+        report.append(Entry(path, was, reason=str(differs)))
+    else:
+        report.on_revert(undo)
+        report.append(Entry(path, was, "attention", backend("attention", proof.device, proof.dtype)))
+
+
+def _switched(proof: Proof, verify: bool) -> Callable[[], None]:
+    """Sets the model's attention to ours; returns what sets it back.
+
+    Raises:
+        Differs: if that cannot be, or the model then computes something else; its attention is as before.
+    """
+    reason = _attention.reason_against(proof.model)
+    if reason is not None:
+        raise Differs(reason)
+    if verify and proof.wide() is not proof.model:
+        _try_attention(proof.wide(), verify)()
+        verify = not proof.inference  # it gives no gradients
+    return _try_attention(proof.model, verify)
+
+
+def _try_attention(model: Any, verify: bool) -> Callable[[], None]:
+    """As `_switched`, of one model in its own dtype."""
+    inputs, before = None, {}
+    device, dtype = device_and_dtype(model)
+    if verify:
+        try:
+            inputs = random_inputs(model, device)
+            before = _outputs(model, inputs)
+        except Exception as error:
+            raise Differs(f"it cannot be run on random inputs: {_probe.told(error)}") from error
+    undo = _attention.switch(model)
+    reason = None if model.config._attn_implementation == _config.NAME else "it keeps its own attention"
+    if verify and reason is None:
+        try:
+            reason = _difference(before, _outputs(model, inputs), dtype)
+        except Exception as error:
+            reason = f"it does not run: {_probe.told(error)}"
+    if reason is not None:
+        undo()
+        raise Differs(reason)
+    return undo
+
+
+def _outputs(model: Any, inputs: Any) -> dict[str, Tensor | None]:
+    """Logits or hidden states, and the gradient of a parameter behind the whole model."""
+    model.eval()
+    with torch.enable_grad(), _probe.grads_kept(model):
+        output = model(**inputs)
+        out = output["logits"] if "logits" in output else next(v for v in output.values() if isinstance(v, Tensor))
+        cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out.device, out.dtype)
+        if _probe.sharded(model):  # which wants its iteration ended
+            out.backward(cotangent)
+            grads = [p.grad for p in model.parameters()]
+        else:
+            leaf = next((p for p in model.parameters() if p.requires_grad), None)
+            grads = [] if leaf is None else list(torch.autograd.grad(out, leaf, cotangent, allow_unused=True))
+    return {"output": out.detach(), "gradient": next((grad for grad in grads if grad is not None), None)}
+
+
+def _trained(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor | None]:
+    """The loss of the model in training and its gradients, with the same dropout each time; of what trainers pass, a
+    mask that hides tokens, and how many there are in all."""
+    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    head = model.get_output_embeddings()
+    chosen = {
+        name: p for i, (name, p) in enumerate(weights.items()) if i == 0 or p.numel() <= SMALL or p is head.weight
+    }
+    rows = next(iter(inputs.values())).shape[0]
+    labels = torch.arange(decoded_length(inputs)).expand(rows, -1).to(head.weight.device) % head.weight.shape[0]
+    given: dict[str, Any] = {**inputs, "labels": labels}
+    taken = inspect.signature(model.forward).parameters
+    if "attention_mask" in taken and "input_ids" in inputs and "attention_mask" not in inputs:
+        given["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        given["attention_mask"][-1, -2:] = 0
+        if "decoder_input_ids" not in inputs:
+            given["labels"] = labels.masked_fill(given["attention_mask"] == 0, -100)
+    if any(p.kind == p.VAR_KEYWORD for p in taken.values()) or "num_items_in_batch" in taken:
+        given["num_items_in_batch"] = torch.tensor(7, device=labels.device)
+    buffers = [(b, b.clone()) for b in model.buffers()]
+    model.train()
+    try:
+        torch.manual_seed(0)
+        with torch.enable_grad():
+            loss = model(**given).loss
+            grads = torch.autograd.grad(loss, list(chosen.values()), allow_unused=True) if chosen else ()
+    finally:
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+    return {"loss": loss.detach(), **dict(zip(chosen, grads, strict=True))}
+
+
+def _difference(before: dict[str, Tensor | None], after: dict[str, Tensor | None], dtype: torch.dtype) -> str | None:
+    """What differs by more than roundings, of a whole model; gradients by those of the largest of them."""
+    largest = max((difference(x, x)[1] for name, x in before.items() if name != "loss" and x is not None), default=0.0)
+    for name, a in before.items():
+        b = after[name]
+        if a is None or b is None:
+            if (a is None) != (b is None):
+                return f"the gradient of {name} is {'missing' if b is None else 'new'}"
+            continue
+        worst, own = difference(a, b)
+        eps = torch.finfo(dtype).eps ** (1.0 if dtype == torch.float32 else 1.5)
+        if not worst <= 1000 * eps * max(own, 0.1 * largest):
+            what = name if name in ("loss", "output", "gradient") else f"gradient of {name}"
+            return f"the {what} of the whole model differs by {worst:.1e} where the largest is {own:.1e}"
+    return None
+
+
+def _patch_head(report: PatchReport, path: str, proof: Proof, wanted: Callable[[str, str], bool]) -> None:
+    model = proof.model
+    module = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if module is None:
+        return
+    path = next((name for name, m in report.model.named_modules() if m is module), path)
+    was = f"{type(module).__name__} and loss"
+    if not wanted(path, "linear_cross_entropy"):
+        return
+    try:
+        if "forward" in model.__dict__:
+            raise Differs("the model's forward was replaced already")
+        if proof.inference:
+            raise Differs("its parameters were made in inference mode: it cannot be trained")
+        if proof.wide() is not model:
+            _try_head(proof.wide()).revert()
+        report.on_revert(_try_head(model).revert)
+    except Exception as error:
+        said = str(error) if isinstance(error, Differs) else f"it cannot be run on random inputs: {_probe.told(error)}"
+        report.append(Entry(path, was, reason=said))
+        return
+    report.append(Entry(path, was, "linear_cross_entropy", backend("linear_cross_entropy", proof.device, proof.dtype)))
+
+
+def _try_head(model: Any) -> PatchReport:
+    """Replaces the head of one model in its own dtype; the report takes it back.
+
+    Raises:
+        Exception: if it cannot be, or the loss is then another; the head is as before.
+    """
+    device, dtype = device_and_dtype(model)
+    model.eval()
+    inputs = random_inputs(model, device)
+    module = model.get_output_embeddings()
+    head, install = _head.find(model, module, inputs), _head.install
+    if head is None:
+        head, install = _own_loss.find(model, module, inputs), _own_loss.install
+    before = _trained(model, inputs)
+    made = PatchReport(model)
+    install(made, model, head)
+    try:
+        reason = _difference(before, _trained(model, inputs), dtype)
+    except Exception as error:
+        reason = f"its loss cannot be run: {_probe.told(error)}"
+    if head.asked:
+        reason = f"its loss uses its logits in {', '.join(dict.fromkeys(head.asked))}"
+        head.asked.clear()
+    if reason is not None:
+        made.revert()
+        raise Differs(reason)
+    return made

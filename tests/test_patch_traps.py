@@ -200,7 +200,7 @@ def test_probes_leave_buffers_alone():
 
 
 def test_a_patch_that_fails_leaves_nothing(monkeypatch):
-    import fastllm.patching
+    from fastllm.patching import _whole_model
 
     model = nn.Sequential(RMS(), Feed())
 
@@ -209,7 +209,7 @@ def test_a_patch_that_fails_leaves_nothing(monkeypatch):
             raise RuntimeError("no")
         return "cpu"
 
-    monkeypatch.setattr(fastllm.patching, "_backend", fail)
+    monkeypatch.setattr(_whole_model, "backend", fail)
     with pytest.raises(RuntimeError, match="no"):
         patch(model)
     assert not any("forward" in vars(m) for m in model.modules())

@@ -102,7 +102,7 @@ def find(module: nn.MultiheadAttention, only: bool | None = None) -> bool:
         def run(x: Tensor) -> Tensor:
             q, k, v = x.split(sizes, -1)
             # All of x counts, so that it has a gradient.
-            q, k, v = (q + k + v,) * 3 if alike else (q, k, v)
+            q, k, v = ((q + k + v) / 2,) * 3 if alike else (q, k, v)
             return function(q, k, v, need_weights=False, **masks)[0]
 
         return run

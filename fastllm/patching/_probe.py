@@ -1,7 +1,7 @@
 """Whether a replacement computes what the module does: both run on random inputs, forward and backward.
 
 Either both give the same bits; or, with `truth` the replacement in float64, the module must be its rounding,
-max|module - truth| <= 32 eps max|truth| (more where its products have more than 256 summands, as their roundings grow),
+max|module - truth| <= 32 eps max|truth| (more where its products have more than 64 summands, as their roundings grow),
 and the replacement no worse than twice that error and a floor of roundings, for the output and every gradient. In 16
 bits, in which what is proven in float32 is run once more, either of the two is enough: a rounding may switch a ReLU.
 """
@@ -29,7 +29,7 @@ from fastllm.testing import rounding_floor
 SAME = 32
 """Roundings of its dtype by which a module may miss the function that it is taken for."""
 
-SUMMANDS = 256
+SUMMANDS = 64
 """Of products; with more of them, roundings grow as their square root."""
 
 

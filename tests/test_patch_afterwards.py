@@ -1,0 +1,325 @@
+"""What happens to a patched model afterwards: modules are exchanged, hooked, offloaded, unpickled elsewhere."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
+
+from fastllm.backends import FallbackWarning
+from fastllm.patching import patch
+
+
+class Block(nn.Module):
+    """As BERT's blocks end."""
+
+    def __init__(self, dense=True):
+        super().__init__()
+        self.dense = nn.Linear(16, 16) if dense else None
+        self.drop, self.norm = nn.Dropout(0.0), nn.LayerNorm(16)
+
+    def forward(self, x, residual):
+        return self.norm(self.drop(x if self.dense is None else self.dense(x)) + residual)
+
+
+class Feed(nn.Module):
+    def __init__(self, act):
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(16, 24), nn.Linear(16, 24), nn.Linear(24, 16)
+        self.act = act
+
+    def forward(self, x):
+        return self.down(self.act(self.gate(x)) * self.up(x))
+
+
+class Scaled(nn.LayerNorm):
+    def forward(self, x):
+        return 3 * super().forward(x)
+
+
+class Outer(nn.Module):
+    """Calls a module, as an adapter does, and has its weight."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.weight = inner, inner.weight
+
+    def forward(self, x):
+        return 2 * self.inner(x)
+
+
+def double_forward(x):
+    return 2 * torch.sigmoid(x) * x
+
+
+EXCHANGES = {
+    "identity": lambda m: setattr(m, "norm", nn.Identity()),
+    "subclass": lambda m: setattr(m, "norm", Scaled(16)),
+    "eps": lambda m: setattr(m, "norm", nn.LayerNorm(16, eps=0.5)),
+    "wrapper": lambda m: setattr(m, "norm", Outer(m.norm)),
+    "class": lambda m: setattr(m.norm, "__class__", Scaled),
+    "dropout": lambda m: setattr(m, "drop", nn.Threshold(0.1, 20.0)),
+    "dense": lambda m: setattr(m, "dense", Outer(m.dense)),
+}
+
+
+@pytest.mark.filterwarnings("ignore::fastllm.backends.FallbackWarning")
+@pytest.mark.parametrize("name", EXCHANGES)
+def test_an_exchanged_part_of_a_block_is_called(name):
+    x, residual = torch.randn(3, 16), torch.randn(3, 16)
+    block = Block()
+    other = copy.deepcopy(block)
+    assert [entry.now for entry in patch(block)] == ["dropout_add_layer_norm"]
+    copied = copy.deepcopy(block)
+    before = block(x, residual)
+    for module in (block, other, copied):
+        EXCHANGES[name](module)
+    assert not torch.allclose(before, other(x, residual), atol=1e-3)
+    torch.testing.assert_close(block(x, residual), other(x, residual))
+    torch.testing.assert_close(copied(x, residual), other(x, residual))
+
+
+def test_an_exchange_is_warned_of():
+    block = Block()
+    patch(block)
+    block.norm = nn.LayerNorm(16)
+    with pytest.warns(FallbackWarning, match="Block has another norm than when it was patched"):
+        block(torch.randn(2, 16), torch.randn(2, 16))
+
+
+@pytest.mark.filterwarnings("ignore::fastllm.backends.FallbackWarning")
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("name", ["norm1", "norm2", "dropout1", "dropout2", "self_attn", "linear1"])
+def test_an_exchanged_part_of_an_encoder_layer(name, norm_first):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 24, dropout=0.0, batch_first=True, norm_first=norm_first)
+    other = copy.deepcopy(layer)
+    patch(layer)
+    for module in (layer, other):
+        torch.manual_seed(1)
+        part = getattr(module, name)
+        if "norm" in name:
+            setattr(module, name, Scaled(16))
+        elif "dropout" in name:
+            setattr(module, name, nn.Tanh())
+        else:
+            setattr(module, name, copy.deepcopy(part))
+            nn.init.normal_(next(getattr(module, name).parameters()))
+    x = torch.randn(2, 5, 16)
+    torch.testing.assert_close(layer(x), other(x))
+
+
+@pytest.mark.filterwarnings("ignore::fastllm.backends.FallbackWarning")
+@pytest.mark.parametrize(("before", "after"), [(nn.SiLU(), nn.ReLU()), (F.silu, double_forward)])
+def test_an_exchanged_activation(before, after):
+    feed, x = Feed(before), torch.randn(3, 16)
+    assert patch(feed).replaced
+    other = Feed(after)
+    other.load_state_dict(feed.state_dict())
+    feed.act = after
+    torch.testing.assert_close(feed(x), other(x))
+
+
+@pytest.mark.filterwarnings("ignore::fastllm.backends.FallbackWarning")
+def test_a_class_whose_forward_is_exchanged(monkeypatch):
+    block, x = Block(), torch.randn(3, 16)
+    patch(block)
+    monkeypatch.setattr(Block, "forward", lambda self, x, residual: x - residual)
+    assert torch.equal(block(x, x), torch.zeros_like(x))
+
+
+def test_a_sum_that_broadcasts():
+    block, x = Block(), torch.randn(2, 3, 16)
+    residual = torch.randn(16)
+    expected = block(x, residual), block(residual, x)
+    patch(block)
+    torch.testing.assert_close((block(x, residual), block(residual, x)), expected)
+
+
+def test_hooks_of_all_modules_see_what_they_saw():
+    pytest.importorskip("transformers")
+    from patch_models import batch, tiny_of
+
+    for name in ("bert", "llama", "t5"):
+        model = tiny_of(name).train()
+        inputs = batch(model)
+
+        def shapes(model=model, inputs=inputs):
+            seen = []
+
+            def hook(module, args, output):
+                values = output.values() if isinstance(output, dict) else output
+                values = [values] if isinstance(values, torch.Tensor) else values
+                seen.append((type(module).__name__, [x.shape for x in values if isinstance(x, torch.Tensor)]))
+
+            handle = register_module_forward_hook(hook)
+            loss = model(**inputs).loss
+            handle.remove()
+            return seen, float(loss.detach())
+
+        expected, loss = shapes()
+        patch(model)
+        found, ours = shapes()
+        assert found == expected
+        assert abs(ours - loss) < 1e-5
+
+
+class Queries(nn.Module):
+    """Queries that are the same for all rows: their batch is broadcast."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.kv = nn.Linear(16, 16), nn.Linear(16, 32)
+
+    def forward(self, x, first=False):
+        q = self.q(x[:1] if first else x).unflatten(-1, (2, 8)).transpose(1, 2)
+        k, v = (y.unflatten(-1, (2, 8)).transpose(1, 2) for y in self.kv(x).chunk(2, -1))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+class Ranks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(16, 48)
+
+    def forward(self, x):
+        q, k, v = (y.unflatten(-1, (2, 8)).transpose(-2, -3) for y in self.qkv(x).chunk(3, -1))
+        return F.scaled_dot_product_attention(q, k, v).transpose(-2, -3).flatten(-2)
+
+
+def test_attention_of_other_ranks_than_in_the_trial():
+    model = Ranks()
+    other = copy.deepcopy(model)
+    assert [entry.now for entry in patch(model)] == ["attention"]
+    for shape in ((5, 16), (2, 5, 16), (2, 3, 5, 16)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(model(x), other(x))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_queries_of_batch_one(rows):
+    model = Queries()
+    other = copy.deepcopy(model)
+    assert [entry.now for entry in patch(model)] == ["attention"]
+    x = torch.randn(rows, 5, 16)
+    torch.testing.assert_close(model(x, first=True), other(x, first=True))
+
+
+class TestTransformers:
+    @pytest.fixture(autouse=True)
+    def _transformers(self):
+        pytest.importorskip("transformers")
+
+    @pytest.mark.filterwarnings("ignore::fastllm.backends.FallbackWarning")
+    @pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "t5"])
+    @pytest.mark.parametrize("train", [True, False])
+    def test_weights_that_are_brought_while_their_module_runs(self, name, train):
+        accelerate = pytest.importorskip("accelerate")
+        from patch_models import batch, tiny_of
+
+        losses = []
+        for patching in (False, True):
+            model = tiny_of(name).train(train)
+            inputs = batch(model)
+            if patching:
+                patch(model)
+            accelerate.cpu_offload(model, execution_device="cpu")
+            losses.append(model(**inputs).loss)
+            losses[-1].backward()
+        torch.testing.assert_close(*losses)
+
+    def test_what_accelerate_unwraps(self):
+        accelerate = pytest.importorskip("accelerate")
+        from patch_models import batch, tiny_of
+
+        model = tiny_of("llama").train()
+        inputs = batch(model)
+        expected = model(**inputs).loss
+        report = patch(model)
+        accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
+        prepared = accelerator.prepare(model)
+        assert prepared(**inputs).loss.dtype == torch.float32
+        unwrapped = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+        torch.testing.assert_close(unwrapped(**inputs).loss, expected)
+        torch.testing.assert_close(copy.deepcopy(unwrapped)(**inputs).loss, expected)
+        report.revert()
+        assert "forward" not in vars(model)
+
+    def test_a_pickle_in_another_process(self, tmp_path):
+        """Which has imported nothing but torch."""
+        from patch_models import tiny_of
+
+        for only in (None, "attention"):
+            model = tiny_of("llama").eval()
+            patch(model, only=only)
+            torch.save(model, tmp_path / "model.pt")
+            tokens = torch.arange(10, 15)[None]
+            torch.save(model(input_ids=tokens).logits, tmp_path / "logits.pt")
+            code = (
+                "import torch, sys; model = torch.load(sys.argv[1], weights_only=False); "
+                "found = model(input_ids=torch.arange(10, 15)[None]).logits; "
+                "torch.testing.assert_close(found, torch.load(sys.argv[2])); "
+                "assert model.model.config._attn_implementation == 'fastllm'"
+            )
+            paths = [str(tmp_path / name) for name in ("model.pt", "logits.pt")]
+            done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, *paths], capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+
+    @pytest.mark.parametrize("when", ["before", "after"])
+    def test_attention_weights_by_the_configuration(self, when, tmp_path):
+        from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+        config = LlamaConfig(
+            vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+        )
+        model = LlamaForCausalLM._from_config(config, attn_implementation="eager").eval()
+        tokens = torch.arange(10, 15)[None]
+        expected = model(input_ids=tokens, output_attentions=True).attentions
+        if when == "before":
+            model.config.output_attentions = True
+        report = patch(model)
+        if when == "after":
+            model.config.output_attentions = True
+        torch.testing.assert_close(model(input_ids=tokens).attentions, expected)
+        model.save_pretrained(tmp_path)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert type(loaded.config) is type(config)
+        report.revert()
+        assert model.config is config
+        assert config.output_attentions
+
+    def test_attention_weights_that_the_model_refuses(self):
+        from patch_models import tiny_of
+
+        model = tiny_of("llama").eval()
+        patch(model)
+        with pytest.raises(ValueError, match="output_attentions"):
+            model.config.output_attentions = True
+        assert model.config._attn_implementation == "fastllm"
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_continuous_batching(self):
+        from patch_models import tiny_of
+        from transformers import GenerationConfig
+
+        model = tiny_of("llama").eval()
+        config = GenerationConfig(
+            max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=-1, num_blocks=8, max_batch_tokens=64
+        )
+
+        def tokens():
+            out = model.generate_batch(inputs=[[15, 16, 17, 18], [19, 18]], generation_config=config)
+            return [x.generated_tokens for x in out.values()]
+
+        expected = tokens()
+        report = patch(model)
+        assert tokens() == expected
+        assert model.config._attn_implementation == "fastllm"
+        report.revert()
+        assert "init_continuous_batching" not in vars(model)

@@ -80,7 +80,44 @@ def test_encoders(side, calls):
         after = model(input_ids=ids, attention_mask=mask).logits
     assert calls
     assert not any(call["is_causal"] for call in calls)
-    torch.testing.assert_close(after[mask.bool()], before[mask.bool()], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)  # of hidden tokens, too
+
+
+def bert_decoder():
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    drop = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return BertModel(BertConfig(vocab_size=VOCABULARY, **small, **drop, is_decoder=True, add_cross_attention=True))
+
+
+@pytest.mark.parametrize("length", [9, 5])
+@pytest.mark.parametrize("side", ["right", "left", "holes"])
+@pytest.mark.parametrize("name", ["bart", "marian", "mbart", "pegasus", "m2m_100", "t5", "bert decoder"])
+def test_padding_of_an_encoder_hides_no_query_of_the_decoder(name, side, length, calls):
+    model = (bert_decoder() if name == "bert decoder" else tiny_of(name)).eval()
+    ids, mask = tokens(side)
+    target = torch.randint(10, VOCABULARY, (3, length), generator=torch.Generator().manual_seed(1))
+    inputs = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": target}
+    if name == "bert decoder":
+        memory = torch.randn(3, 9, 32, generator=torch.Generator().manual_seed(2))
+        inputs = {"input_ids": target, "encoder_hidden_states": memory, "encoder_attention_mask": mask}
+
+    def results():
+        model.zero_grad()
+        out = model(**inputs)[0]
+        out.square().sum().backward()
+        return [out.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+    before = results()
+    with fastllm.patched(model, only="attention") as report:
+        assert report.replaced, report
+        calls.clear()
+        after = results()
+    assert bool(calls) == (name != "t5")  # whose bias is a mask to add
+    for a, b in zip(after, before, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * max(1.0, float(b.abs().max())))
 
 
 def mask_of(tokens, **kwargs):

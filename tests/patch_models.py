@@ -290,9 +290,42 @@ def _check(result: Result, model_class: type, config_class: type) -> Result:
         for (b, train), expected in zip(turns, before, strict=True):
             again = run(model, b, train)
             assert all(torch.equal(again[key], expected[key]) for key in expected), "not as before after revert()"
+        check_short(model, turns, before)
     except Exception as error:
         result.failed = f"{type(error).__name__}: {error}"
     return result
+
+
+def check_short(model: nn.Module, turns: list[tuple[dict[str, Tensor], bool]], exact: list[dict[str, Tensor]]) -> None:
+    """In bfloat16, and under autocast to it, the patched model has the dtypes of the unpatched one, and loss and logits
+    with little more than its error against float32; and what float32 refuses is refused.
+
+    Raises:
+        AssertionError: if not.
+    """
+    short = copy.deepcopy(model).to(torch.bfloat16)
+    for kind, tried, autocast in (("bfloat16", short, False), ("autocast", copy.deepcopy(model), True)):
+
+        def results(model: nn.Module = tried, autocast: bool = autocast) -> list[dict[str, Tensor]]:
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                return [run(model, b, train) for b, train in turns]
+
+        try:
+            stock = results()
+        except Exception:  # some models mix dtypes by themselves
+            continue
+        refused = {entry.path for entry in patch(copy.deepcopy(model)).left}
+        left = {entry.path for entry in patch(tried).left}
+        assert refused <= left, f"{kind}: {refused - left} refused in float32 alone"
+        for ours, theirs, true in zip(results(), stock, exact, strict=True):
+            for name in ("loss", "logits"):
+                if name not in ours:
+                    continue
+                assert ours[name].dtype == theirs[name].dtype, f"{kind}: {name} {ours[name].dtype}"
+                size = float(true[name].norm())
+                errors = [float((x[name].float() - true[name]).norm()) for x in (ours, theirs)]
+                bound = 3 * errors[1] + 2e-2 * size
+                assert errors[0] <= bound, f"{kind}: {name} misses by {errors[0]:.1e}, unpatched {errors[1]:.1e}"
 
 
 def _short(text: str, length: int = 110) -> str:

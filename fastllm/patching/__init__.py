@@ -27,7 +27,7 @@ from fastllm.patching import (
     _residual,
 )
 from fastllm.patching._compare import Comparison, compare, difference
-from fastllm.patching._inputs import decoded_length, random_inputs
+from fastllm.patching._inputs import decoded_shape, random_inputs
 from fastllm.patching._probe import Differs
 from fastllm.patching._report import Entry, PatchError, PatchReport
 from fastllm.testing import sample
@@ -231,8 +231,7 @@ def _switched(model: Any, device: torch.device, dtype: torch.dtype, verify: bool
     inputs, before = None, {}
     if verify:
         try:
-            inputs = random_inputs(model, device)
-            before = _outputs(model, inputs)
+            inputs = random_inputs(model, device, lambda tried: before.update(_outputs(model, tried)))
         except Exception as error:
             raise Differs(f"it cannot be run on random inputs: {_probe.told(error)}") from error
     undo = _attention.switch(model)
@@ -251,7 +250,8 @@ def _switched(model: Any, device: torch.device, dtype: torch.dtype, verify: bool
 def _outputs(model: Any, inputs: Any) -> dict[str, Tensor | None]:
     """Logits or hidden states, and the gradient of a parameter behind the whole model."""
     model.eval()
-    with torch.enable_grad(), _probe.grads_kept(model):
+    torch.manual_seed(0)  # some models draw random numbers in evaluation, too
+    with torch.enable_grad(), _probe.grads_kept(model), _probe.attributes_kept(model):
         output = model(**inputs)
         out = output["logits"] if "logits" in output else next(v for v in output.values() if isinstance(v, Tensor))
         cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out.device, out.dtype)
@@ -274,12 +274,13 @@ def _trained(model: Any, head: Any, inputs: dict[str, Tensor]) -> dict[str, Tens
     chosen = {
         name: p for i, (name, p) in enumerate(weights.items()) if i == 0 or p.numel() <= SMALL or p is head.weight
     }
-    labels = torch.arange(decoded_length(inputs))[None].to(head.weight.device) % head.weight.shape[0]
+    rows, length = decoded_shape(inputs)
+    labels = torch.arange(rows * length).view(rows, length).to(head.weight.device) % head.weight.shape[0]
     buffers = [(b, b.clone()) for b in model.buffers()]
     model.train()
     try:
         torch.manual_seed(0)
-        with torch.enable_grad():
+        with torch.enable_grad(), _probe.attributes_kept(model):
             loss = model(**inputs, labels=labels).loss
             grads = torch.autograd.grad(loss, list(chosen.values()), allow_unused=True) if chosen else ()
     finally:

@@ -138,6 +138,21 @@ def quiet(module: nn.Module) -> Iterator[None]:
                 m.training = mode
 
 
+@contextlib.contextmanager
+def attributes_kept(module: nn.Module) -> Iterator[None]:
+    """What a run leaves in attributes for the next one, positions for one, is taken back."""
+    before = [(m, dict(vars(m))) for m in module.modules()]
+    try:
+        yield
+    finally:
+        for m, attributes in before:
+            for name in vars(m).keys() - _INTERNAL:
+                if name not in attributes:
+                    del m.__dict__[name]
+                else:
+                    m.__dict__[name] = attributes[name]
+
+
 def functional(module: nn.Module, parameters: Sequence[Tensor]) -> Callable:
     """The module's call with other parameters, in the order of its own."""
     names = (name for name, _ in module.named_parameters())

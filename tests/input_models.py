@@ -21,9 +21,18 @@ TEXT = {
 LLAMA = {**TEXT, "num_key_value_heads": 2}
 VISION = {**SIZE, "image_size": 16, "patch_size": 8}
 ENCODER_DECODER = {
-    **{"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4},
-    **{"decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "vocab_size": 99},
-    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1},
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "vocab_size": 99,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
 }
 WAVES = {"conv_dim": (16, 16), "conv_kernel": (10, 3), "conv_stride": (5, 2), "num_conv_pos_embeddings": 16}
 WAVES |= {"num_conv_pos_embedding_groups": 4, "num_feat_extract_layers": 2, "vocab_size": 40}
@@ -31,7 +40,9 @@ WAVES |= {"num_conv_pos_embedding_groups": 4, "num_feat_extract_layers": 2, "voc
 
 def _llava() -> nn.Module:
     text = tf.LlamaConfig(**LLAMA)
-    config = tf.LlavaConfig(tf.CLIPVisionConfig(**VISION), text, image_token_id=5, vision_feature_layer=-1)
+    config = tf.LlavaConfig(
+        vision_config=tf.CLIPVisionConfig(**VISION), text_config=text, image_token_id=5, vision_feature_layer=-1
+    )
     return build(tf.LlavaForConditionalGeneration, config)
 
 
@@ -48,7 +59,7 @@ def _qwen2_vl() -> nn.Module:
     text = {**LLAMA, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}}
     vision = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "patch_size": 4}
     tokens = {"image_token_id": 5, "video_token_id": 6, "vision_start_token_id": 7, "vision_end_token_id": 8}
-    return build(tf.Qwen2VLForConditionalGeneration, tf.Qwen2VLConfig(text, vision, **tokens))
+    return build(tf.Qwen2VLForConditionalGeneration, tf.Qwen2VLConfig(text_config=text, vision_config=vision, **tokens))
 
 
 def _qwen2_audio() -> nn.Module:
@@ -81,7 +92,7 @@ def _florence2() -> nn.Module:
     vision |= {"patch_size": (7, 3), "patch_stride": (4, 2), "patch_padding": (3, 1), "patch_prenorm": (False, True)}
     vision |= {"projection_dim": 32, "max_temporal_embeddings": 4, "max_position_embeddings": 10, "image_size": 32}
     text = tf.BartConfig(**ENCODER_DECODER, max_position_embeddings=100)
-    config = tf.Florence2Config(text, tf.Florence2VisionConfig(**vision), image_token_id=5, is_encoder_decoder=True)
+    config = tf.Florence2Config(text_config=text, vision_config=tf.Florence2VisionConfig(**vision), image_token_id=5)
     return build(tf.Florence2ForConditionalGeneration, config)
 
 
@@ -96,13 +107,15 @@ def _sam() -> nn.Module:
         "mask_input_channels": 4,
     }
     decoder = {"hidden_size": 16, "mlp_dim": 16, "num_attention_heads": 2, "iou_head_hidden_dim": 16}
-    return build(tf.SamModel, tf.SamConfig(vision, prompts, decoder))
+    return build(
+        tf.SamModel, tf.SamConfig(vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=decoder)
+    )
 
 
 def _clap() -> nn.Module:
     audio = {"num_mel_bins": 8, "spec_size": 32, "window_size": 2, "patch_size": 2, "patch_stride": (2, 2)}
     audio |= {"patch_embeds_hidden_size": 16, "depths": [2, 2], "num_attention_heads": [2, 2], "hidden_size": 32}
-    return build(tf.ClapModel, tf.ClapConfig(tf.ClapTextConfig(**TEXT), tf.ClapAudioConfig(**audio), projection_dim=16))
+    return build(tf.ClapModel, tf.ClapConfig(text_config=TEXT, audio_config=audio, projection_dim=16))
 
 
 def _seamless() -> nn.Module:
@@ -120,7 +133,13 @@ def _seamless() -> nn.Module:
     sizes |= dict(zip(names, (1, 1, 48, 48), strict=True)) | {"conv_depthwise_kernel_size": 5, "t2u_vocab_size": 50}
     sizes |= {"t2u_encoder_attention_heads": 4, "t2u_decoder_attention_heads": 4, "t2u_max_new_tokens": 5}
     sizes |= {"unit_hifi_gan_vocab_size": 50, "unit_embed_dim": 8, "lang_embed_dim": 4, "spkr_embed_dim": 4}
-    sizes |= {"upsample_initial_channel": 16, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4}
+    sizes |= {
+        "upsample_initial_channel": 16,
+        "num_conv_pos_embeddings": 16,
+        "num_conv_pos_embedding_groups": 4,
+        "variance_predictor_kernel_size": 3,
+    }
+    sizes |= {"upsample_rates": [2, 2], "upsample_kernel_sizes": [4, 4]}
     return build(tf.SeamlessM4TModel, tf.SeamlessM4TConfig(**sizes))
 
 
@@ -162,7 +181,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "wav2vec2-bert": _of(
         tf.Wav2Vec2BertForCTC, lambda: tf.Wav2Vec2BertConfig(**SIZE, vocab_size=40, feature_projection_input_dim=16)
     ),
-    "ast": _of(tf.ASTForAudioClassification, lambda: tf.ASTConfig(**SIZE, patch_size=4, max_length=24, num_mel_bins=16)),
+    "ast": _of(
+        tf.ASTForAudioClassification, lambda: tf.ASTConfig(**SIZE, patch_size=4, max_length=24, num_mel_bins=16)
+    ),
     "clap": _clap,
     "seamless_m4t": _seamless,
     "qwen2_audio": _qwen2_audio,
@@ -203,8 +224,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     ),
     "blip-2": lambda: _blip2(
         tf.OPTConfig(
-            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=48, vocab_size=99, word_embed_proj_dim=32,
-            max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=48, vocab_size=99,
+            word_embed_proj_dim=32, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
         )
     ),
     "blip-2 of t5": lambda: _blip2(
@@ -224,7 +245,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
         tf.BartForSequenceClassification, lambda: tf.BartConfig(**ENCODER_DECODER, max_position_embeddings=64)
     ),
     "gpt2 for sequences": _of(
-        tf.GPT2ForSequenceClassification, lambda: tf.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=99, n_positions=64)
+        tf.GPT2ForSequenceClassification,
+        lambda: tf.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=99, n_positions=64),
     ),
     "t5": _of(
         tf.T5ForConditionalGeneration,

@@ -121,6 +121,7 @@ def _all(model: Any, device: torch.device) -> Iterator[Inputs]:
                     yield _together(maker, dict(zip(KINDS, parts, strict=True)), device)
         decoded = maker.decoded()
         yield maker.text() | decoded
+        yield maker.text()  # of which some make the decoder's
         yield next((x for given in media.values() for x in given if maker.main in x), {}) | decoded
     own = model.dummy_inputs
     if own.keys() <= maker.takes:

@@ -121,9 +121,7 @@ class Maker:
         channels = self.read("num_channels", "in_channels", "in_chans", of="vision", default=3)
         patch = self.read("patch_size", of="vision", default=1)
         frames = self.read("num_frames", "frames_per_clip", of="vision")
-        side = 2 * self.read(
-            "spatial_merge_size", of="vision", default=1
-        )  # in patches, where they are given one by one
+        side = 2 * self.read("spatial_merge_size", of="vision", default=1)  # in patches, where those are given
         if grid in self.takes:
             values = channels * self.read("temporal_patch_size", of="vision", default=1) * patch**2
             return [{name: self.normal(side * side, values).flatten(0, 1), grid: self.every(1, side, side)}]
@@ -136,9 +134,11 @@ class Maker:
         pixels = self.normal(channels, *size)
         points = torch.full((self.rows, 1, 1, 2), size[0] / 2, dtype=self.dtype)
         seen = torch.ones(self.rows, LENGTH, 1, dtype=torch.int64)
+        sizes = self.taken(image_sizes=self.every(*size))
         return [
-            {name: pixels, **self.taken(image_sizes=self.every(*size), input_points=points)},
-            {name: pixels[:, None], **self.taken(image_attention_mask=seen)},  # of several images for a text, one
+            {name: pixels, **self.taken(input_points=points)},
+            {name: pixels, **sizes},
+            {name: pixels[:, None], **sizes, **self.taken(image_attention_mask=seen)},  # one of a text's images
         ]
 
     def videos(self) -> list[Inputs]:

@@ -140,13 +140,13 @@ def quiet(module: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def attributes_kept(module: nn.Module) -> Iterator[None]:
-    """What a run leaves in attributes for the next one, positions for one, is taken back."""
+    """Tensors that a run leaves in attributes for the next one, positions for one, are taken off again."""
     before = [(m, dict(vars(m))) for m in module.modules()]
     try:
         yield
     finally:
         for m, attributes in before:
-            for name in vars(m).keys() - _INTERNAL:
+            for name in [name for name, value in vars(m).items() if isinstance(value, Tensor)]:
                 if name not in attributes:
                     del m.__dict__[name]
                 else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterator
@@ -65,23 +66,28 @@ def random_inputs(
 
 
 def candidates(model: Any, device: torch.device, padded: bool = False) -> Iterator[Inputs]:
-    """What the model may run on: all that it takes; text alone, its main input alone, each with two rows and with one;
-    its own dummies.
+    """What the model may run on: all that it takes, text alone, its main input alone, a single row of text, its own
+    dummies.
 
     Args:
-        padded: hides the end of the second row of a text or sound, in a model that takes a mask.
+        padded: hides the end of the second row of a text or sound, where the model takes a mask.
     """
     seen = []
-    for inputs in _all(model, device):
-        made = {name: value.to(device) for name, value in inputs.items()}
+    for make in _attempts(model, device):
+        try:
+            made = {name: value.to(device) for name, value in make().items()}
+        except Exception:  # a part of the model does not run on its own, or no vocabulary is known
+            continue
         shapes = {name: value.shape for name, value in made.items()}
         if made and shapes not in seen:
             seen.append(shapes)
-            yield made | _hidden(model, made) if padded else made
+            yield _padded(model, made) if padded else made
 
 
 def unreached(model: Any, inputs: Inputs) -> list[nn.Module]:
     """The models inside this one of which nothing runs on these inputs; of those inside each other, the outermost."""
+    from transformers import PreTrainedModel
+
     ran: set[int] = set()
     handles = [m.register_forward_pre_hook(lambda m, args: ran.add(id(m))) for m in model.modules()]
     try:
@@ -94,7 +100,7 @@ def unreached(model: Any, inputs: Inputs) -> list[nn.Module]:
 
     def look(module: nn.Module) -> None:
         for child in module.children():
-            if hasattr(child, "main_input_name") and not any(id(m) in ran for m in child.modules()):
+            if isinstance(child, PreTrainedModel) and not any(id(m) in ran for m in child.modules()):
                 found[id(child)] = child
             else:
                 look(child)
@@ -111,21 +117,19 @@ def _still(model: Any) -> Iterator[None]:
         yield
 
 
-def _all(model: Any, device: torch.device) -> Iterator[Inputs]:
-    for rows in (ROWS, 1):
-        maker = Maker(model, rows)
-        media = {"image": maker.images(), "video": maker.videos(), "audio": maker.sounds()}
-        if rows == ROWS and any(media.values()):
-            for parts in itertools.islice(itertools.product(*(given or [{}] for given in media.values())), MOST):
-                with contextlib.suppress(Exception):  # of a part that does not run on these
-                    yield _together(maker, dict(zip(KINDS, parts, strict=True)), device)
-        decoded = maker.decoded()
-        yield maker.text() | decoded
-        yield maker.text()  # of which some make the decoder's
-        yield next((x for given in media.values() for x in given if maker.main in x), {}) | decoded
+def _attempts(model: Any, device: torch.device) -> Iterator[Callable[[], Inputs]]:
+    maker, single = Maker(model, ROWS), Maker(model, 1)
+    media = maker.images(), maker.videos(), maker.sounds()
+    if any(media):
+        for parts in itertools.islice(itertools.product(*(given or [{}] for given in media)), MOST):
+            yield functools.partial(_together, maker, dict(zip(KINDS, parts, strict=True)), device)
+    yield lambda: maker.text() | maker.decoded()
+    yield maker.text  # of which some models make the decoder's
+    yield lambda: next((x for given in media for x in given if maker.main in x), {}) | maker.decoded()
+    yield lambda: single.text() | single.decoded()
     own = model.dummy_inputs
     if own.keys() <= maker.takes:
-        yield {name: value for name, value in own.items() if isinstance(value, Tensor)}
+        yield lambda: {name: value for name, value in own.items() if isinstance(value, Tensor)}
 
 
 def _together(maker: Maker, parts: dict[str, Inputs], device: torch.device) -> Inputs:
@@ -162,17 +166,27 @@ def _count(model: Any, kind: str, inputs: Inputs) -> int:
     return sum(x.shape[:-1].numel() for x in ([made] if isinstance(made, Tensor) else made))
 
 
-def _hidden(model: Any, inputs: Inputs) -> Inputs:
-    """The mask that hides the end of the second row."""
-    maker, mask, hidden = Maker(model, ROWS), None, HIDDEN
-    sound = next((inputs[name] for name in ("input_features", "input_values") if name in inputs), None)
-    if "input_ids" in inputs:
-        mask = torch.ones_like(inputs["input_ids"])
-    elif sound is not None and sound.dim() < 4:
-        last = sound.dim() == 2 or sound.shape[1] == maker.bins()
-        mask = sound.new_ones(sound.shape[0], sound.shape[-1 if last else 1], dtype=torch.int64)
+def _padded(model: Any, inputs: Inputs) -> Inputs:
+    """With a mask that hides the end of the second row, before which a text's last word then stands."""
+    maker = Maker(model, ROWS)
+    ids = inputs.get("input_ids")
+    features, waves = inputs.get("input_features"), inputs.get("input_values")
+    if ids is not None:
+        mask, hidden = torch.ones_like(ids), HIDDEN
+    elif features is not None and features.dim() == 3:
+        mask = torch.ones_like(features.select(2 if features.shape[2] == maker.bins() else 1, 0)).long()
         hidden = mask.shape[1] // 2
-    if mask is None or len(mask) == 1:
-        return {}
+    elif waves is not None and waves.dim() == 2:
+        mask, hidden = torch.ones_like(waves).long(), waves.shape[1] // 2
+    else:
+        return inputs
+    if len(mask) == 1 or "attention_mask" not in maker.takes:
+        return inputs
     mask[1, -hidden:] = 0
-    return maker.taken(attention_mask=mask)
+    if ids is None:
+        return inputs | {"attention_mask": mask}
+    pad = maker.read("pad_token_id", of="text")
+    ids = ids.clone()
+    ids[1, -hidden - 1] = ids[1, -1]
+    ids[1, -hidden:] = ids[1, 0] if pad is None else pad
+    return inputs | {"input_ids": ids, "attention_mask": mask}

@@ -97,7 +97,8 @@ class Maker:
         if "input_ids" not in self.takes:
             return {}
         size = vocabulary(self.model)
-        ids = self.tokens(size, min(LENGTH, self.read("max_position_embeddings", of="text", default=LENGTH)))
+        longest = self.read("max_position_embeddings", of="text", default=LENGTH)
+        ids = self.tokens(size, min(LENGTH, longest) if longest > 0 else LENGTH)
         end, pad = (self.read(f"{which}_token_id", of="text") for which in ("eos", "pad"))
         end = end[0] if isinstance(end, (list, tuple)) else end
         if end is not None and 0 <= end < size and end != pad:

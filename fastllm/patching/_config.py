@@ -97,11 +97,28 @@ def own(model: nn.Module) -> Callable[[], None]:
     return undo
 
 
+def keep(part: nn.Module, whole: nn.Module) -> bool:
+    """Gives a part of a patched model its own attention back. False if its configurations are those of others, too."""
+    inside = set(map(id, part.modules()))
+    others = {id(value) for m in whole.modules() if id(m) not in inside for value in vars(m).values()}
+    configs = _patched(part)
+    if any(id(config) in others for config in configs):
+        return False
+    for config in configs:
+        vars(config)[CHOICE] = type(config).attention_before
+    return True
+
+
+def _patched(model: nn.Module) -> list[Any]:
+    """The configurations in it that name our attention."""
+    found = {id(c): c for m in model.modules() for c in vars(m).values() if hasattr(type(c), "attention_before")}
+    return [config for config in found.values() if vars(config).get(CHOICE) == NAME]
+
+
 def init_continuous_batching(model: Any, *args: Any, **kwargs: Any) -> Any:
     """transformers' engine of `generate_batch` knows by name which attentions it can page: the model has its own until
     the engine stops."""
-    configs = {id(c): c for m in model.modules() for c in vars(m).values() if hasattr(type(c), "attention_before")}
-    patched = [config for config in configs.values() if vars(config).get(CHOICE) == NAME]
+    patched = _patched(model)
     for config in patched:
         vars(config)[CHOICE] = type(config).attention_before
     try:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastllm import backends, ops
 from fastllm.backends import FallbackWarning
 from fastllm.patching._forward import bind, hooked, ours, unbound, watched
-from fastllm.patching._inputs import decoded_length
+from fastllm.patching._inputs import decoded_shape
 from fastllm.patching._probe import Differs, judge, sharded, told
 from fastllm.patching._report import PatchError
 
@@ -201,7 +201,7 @@ def find(model: Any, module: Any, inputs: dict[str, Tensor]) -> Head | None:
         return None
     classes = weight.shape[0]
     generator = torch.Generator().manual_seed(0)
-    known = torch.randn(1, decoded_length(inputs), classes, generator=generator) * 20
+    known = torch.randn(*decoded_shape(inputs), classes, generator=generator) * 20
     known[0, 0] = 1e-3 * known[0, 0].sign()
     known[0, 1] = HUGE
     known = known.to(weight.device, weight.dtype)
@@ -251,7 +251,7 @@ def _logits_of_the_loss(model: Any, module: nn.Module, inputs: dict[str, Tensor]
 
     undo = _set_loss(model, take)
     module.__dict__["forward"] = lambda hidden: known
-    labels = torch.zeros(1, known.shape[1], dtype=torch.int64, device=known.device)
+    labels = torch.zeros(known.shape[:2], dtype=torch.int64, device=known.device)
     try:
         with torch.no_grad():
             model(**inputs, labels=labels)

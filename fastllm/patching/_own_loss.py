@@ -17,7 +17,7 @@ from fastllm import ops
 from fastllm.backends import FallbackWarning, autocasts
 from fastllm.patching._forward import bind
 from fastllm.patching._head import Head, can_defer, keep_signature, wants_no_logits
-from fastllm.patching._inputs import decoded_length
+from fastllm.patching._inputs import decoded_shape
 from fastllm.patching._probe import Differs, told
 
 _SHAPES = {"view", "reshape", "flatten", "contiguous", "float", "bfloat16", "half", "to", "size", "dim", "numel"}
@@ -193,10 +193,10 @@ def find(model: Any, module: Any, inputs: dict[str, Tensor]) -> Head:
         Differs: if it does not take one loss of its head's logits.
     """
     weight = module.weight
-    classes, length = weight.shape[0], decoded_length(inputs)
+    classes, shape = weight.shape[0], decoded_shape(inputs)
     generator = torch.Generator().manual_seed(0)
-    known = torch.randn(1, length, classes, generator=generator).to(weight.device, weight.dtype)
-    labels = torch.randint(classes, (1, length), generator=generator).to(weight.device)
+    known = torch.randn(*shape, classes, generator=generator).to(weight.device, weight.dtype)
+    labels = torch.randint(classes, shape, generator=generator).to(weight.device)
     watch = _Watch(classes)
     module.__dict__["forward"] = lambda hidden: known
     try:

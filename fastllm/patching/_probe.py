@@ -175,6 +175,21 @@ def _alone() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def attributes_kept(module: nn.Module) -> Iterator[None]:
+    """Tensors that a run leaves in attributes for the next one, positions for one, are taken off again."""
+    before = [(m, dict(vars(m))) for m in module.modules()]
+    try:
+        yield
+    finally:
+        for m, attributes in before:
+            for name in [name for name, value in vars(m).items() if isinstance(value, Tensor)]:
+                if name not in attributes:
+                    del m.__dict__[name]
+                else:
+                    m.__dict__[name] = attributes[name]
+
+
 def functional(module: nn.Module, parameters: Sequence[Tensor]) -> Callable:
     """The module's call with other parameters, in the order of its own."""
     names = (name for name, _ in module.named_parameters())

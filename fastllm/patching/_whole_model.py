@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastllm.backends import explain
 from fastllm.patching import _attention, _config, _head, _own_loss, _probe
 from fastllm.patching._compare import difference
-from fastllm.patching._inputs import decoded_length, random_inputs
+from fastllm.patching._inputs import decoded_shape, random_inputs, unreached
 from fastllm.patching._probe import Differs
 from fastllm.patching._report import Entry, PatchReport
 from fastllm.testing import sample
@@ -120,16 +120,21 @@ def _patch_attention(
     if not wanted(path, "attention"):
         return
     try:
-        undo = _switched(proof, verify)
+        undo, kept = _switched(proof, verify)
     except Differs as differs:
         report.append(Entry(path, was, reason=str(differs)))
-    else:
-        report.on_revert(undo)
-        report.append(Entry(path, was, "attention", backend("attention", proof.device, proof.dtype)))
+        return
+    report.on_revert(undo)
+    report.append(Entry(path, was, "attention", backend("attention", proof.device, proof.dtype)))
+    for part, reason in kept.items():
+        report.append(Entry(f"{path}.{part}" if path else part, was, reason=reason))
 
 
-def _switched(proof: Proof, verify: bool) -> Callable[[], None]:
-    """Sets the model's attention to ours; returns what sets it back.
+def _switched(proof: Proof, verify: bool) -> tuple[Callable[[], None], dict[str, str]]:
+    """Sets the model's attention to ours.
+
+    Returns:
+        What sets it back; and, by path, the parts that keep their own, with the reason.
 
     Raises:
         Differs: if that cannot be, or the model then computes something else; its attention is as before.
@@ -137,39 +142,81 @@ def _switched(proof: Proof, verify: bool) -> Callable[[], None]:
     reason = _attention.reason_against(proof.model)
     if reason is not None:
         raise Differs(reason)
+    kept: dict[str, str] = {}
     if verify and proof.wide() is not proof.model:
-        _try_attention(proof.wide(), verify)()
-        verify = not proof.inference  # it gives no gradients
-    return _try_attention(proof.model, verify)
-
-
-def _try_attention(model: Any, verify: bool) -> Callable[[], None]:
-    """As `_switched`, of one model in its own dtype."""
-    inputs, before = None, {}
-    device, dtype = device_and_dtype(model)
-    if verify:
-        try:
-            inputs = random_inputs(model, device)
-            before = _outputs(model, inputs)
-        except Exception as error:
-            raise Differs(f"it cannot be run on random inputs: {_probe.told(error)}") from error
-    undo = _attention.switch(model)
-    reason = None if model.config._attn_implementation == _config.NAME else "it keeps its own attention"
-    if verify and reason is None:
-        try:
-            reason = _difference(before, _outputs(model, inputs), dtype)
-        except Exception as error:
-            reason = f"it does not run: {_probe.told(error)}"
-    if reason is not None:
+        undo, kept = _try_attention(proof.wide(), verify)
         undo()
-        raise Differs(reason)
-    return undo
+        verify = not proof.inference  # it gives no gradients
+    undo, kept_too = _try_attention(proof.model, verify)
+    for part in kept:
+        _config.keep(proof.model.get_submodule(part), proof.model)
+    return undo, kept_too | kept
+
+
+class _Part(NamedTuple):
+    """A model, or one inside of it that its inputs do not reach, with what it gave before the switch."""
+
+    model: Any
+    inputs: dict[str, Tensor]
+    before: dict[str, Tensor | None]
+
+
+def _part(model: Any) -> _Part:
+    before: dict[str, Tensor | None] = {}
+    device, _ = device_and_dtype(model)
+    try:
+        inputs = random_inputs(model, device, lambda tried: before.update(_outputs(model, tried)))
+    except Exception as error:
+        raise Differs(f"it cannot be run on random inputs: {_probe.told(error)}") from error
+    return _Part(model, inputs, before)
+
+
+def _try_attention(model: Any, verify: bool) -> tuple[Callable[[], None], dict[str, str]]:
+    """As `_switched`, of one model in its own dtype."""
+    parts: dict[str, _Part] = {}
+    kept: dict[str, str] = {}
+    if verify:
+        parts[""] = _part(model)
+        paths = {id(module): path for path, module in model.named_modules()}
+        for inner in unreached(model, parts[""].inputs):
+            path = paths[id(inner)]
+            try:
+                parts[path] = _part(inner)
+            except Differs as differs:
+                kept[path] = str(differs)
+    undo = _attention.switch(model)
+    try:
+        if model.config._attn_implementation != _config.NAME:
+            raise Differs("it keeps its own attention")
+        for path, part in parts.items():
+            reason = _reason(part)
+            if reason is not None and not path:
+                raise Differs(reason)
+            if reason is not None:
+                kept[path] = reason
+        for path, reason in kept.items():
+            if not _config.keep(model.get_submodule(path), model):
+                raise Differs(f"{path}: {reason}")
+    except BaseException:
+        undo()
+        raise
+    return undo, kept
+
+
+def _reason(part: _Part) -> str | None:
+    """Why its attention cannot be ours, which it is now; None if it can."""
+    _, dtype = device_and_dtype(part.model)
+    try:
+        return _difference(part.before, _outputs(part.model, part.inputs), dtype)
+    except Exception as error:
+        return f"it does not run: {_probe.told(error)}"
 
 
 def _outputs(model: Any, inputs: Any) -> dict[str, Tensor | None]:
     """Logits or hidden states, and the gradient of a parameter behind the whole model."""
     model.eval()
-    with torch.enable_grad(), _probe.grads_kept(model):
+    torch.manual_seed(0)  # some models draw random numbers in evaluation, too
+    with torch.enable_grad(), _probe.grads_kept(model), _probe.attributes_kept(model):
         output = model(**inputs)
         out = output["logits"] if "logits" in output else next(v for v in output.values() if isinstance(v, Tensor))
         cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out.device, out.dtype)
@@ -190,22 +237,20 @@ def _trained(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor | None]:
     chosen = {
         name: p for i, (name, p) in enumerate(weights.items()) if i == 0 or p.numel() <= SMALL or p is head.weight
     }
-    rows = next(iter(inputs.values())).shape[0]
-    labels = torch.arange(decoded_length(inputs)).expand(rows, -1).to(head.weight.device) % head.weight.shape[0]
+    rows, length = decoded_shape(inputs)
+    labels = torch.arange(rows * length).view(rows, length).to(head.weight.device) % head.weight.shape[0]
+    shown = inputs.get("attention_mask")
+    if shown is not None and shown.shape == labels.shape and "decoder_input_ids" not in inputs:
+        labels = labels.masked_fill(shown.to(labels.device) == 0, -100)
     given: dict[str, Any] = {**inputs, "labels": labels}
     taken = inspect.signature(model.forward).parameters
-    if "attention_mask" in taken and "input_ids" in inputs and "attention_mask" not in inputs:
-        given["attention_mask"] = torch.ones_like(inputs["input_ids"])
-        given["attention_mask"][-1, -2:] = 0
-        if "decoder_input_ids" not in inputs:
-            given["labels"] = labels.masked_fill(given["attention_mask"] == 0, -100)
     if any(p.kind == p.VAR_KEYWORD for p in taken.values()) or "num_items_in_batch" in taken:
         given["num_items_in_batch"] = torch.tensor(7, device=labels.device)
     buffers = [(b, b.clone()) for b in model.buffers()]
     model.train()
     try:
         torch.manual_seed(0)
-        with torch.enable_grad():
+        with torch.enable_grad(), _probe.attributes_kept(model):
             loss = model(**given).loss
             grads = torch.autograd.grad(loss, list(chosen.values()), allow_unused=True) if chosen else ()
     finally:
@@ -264,7 +309,7 @@ def _try_head(model: Any) -> PatchReport:
     """
     device, dtype = device_and_dtype(model)
     model.eval()
-    inputs = random_inputs(model, device)
+    inputs = random_inputs(model, device, padded=True)
     module = model.get_output_embeddings()
     head, install = _head.find(model, module, inputs), _head.install
     if head is None:

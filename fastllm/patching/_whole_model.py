@@ -180,6 +180,8 @@ def _try_attention(model: Any, verify: bool) -> tuple[Callable[[], None], dict[s
         paths = {id(module): path for path, module in model.named_modules()}
         for inner in unreached(model, parts[""].inputs):
             path = paths[id(inner)]
+            if not any("Attention" in type(m).__name__ for m in inner.modules()):  # a vocoder, say
+                continue
             try:
                 parts[path] = _part(inner)
             except Differs as differs:

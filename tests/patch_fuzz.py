@@ -209,38 +209,45 @@ class Recipe:
     kind: str
     seed: int
     dtype: torch.dtype
+    layers: int
     eager: bool  # its attention, where it is a model of transformers
 
     def make(self) -> nn.Module:
         if self.kind in BLOCKS:
             torch.default_generator.manual_seed(self.seed)
             rng = random.Random(self.seed)
-            blocks = [BLOCKS[self.kind](rng) for _ in range(rng.randint(1, 2))]
+            blocks = [BLOCKS[self.kind](rng) for _ in range(self.layers)]
             model: nn.Module = Language(blocks, rng.choice(list(NORMS)))
             with torch.no_grad():  # norms whose weights are all one would hide a swap
                 for p in model.parameters():
                     p.add_(torch.randn_like(p) * 0.1)
         else:
-            model = copy.deepcopy(_template(self.kind))
+            model = copy.deepcopy(_template(self.kind, self.layers))
             if self.eager:
                 model.set_attn_implementation("eager")
         return model.to(self.dtype)
 
     def __str__(self) -> str:
-        words = (self.kind, str(self.dtype).removeprefix("torch."), "eager attention" if self.eager else "")
+        layers = f"{self.layers} layer{'s' * (self.layers > 1)}"
+        words = (self.kind, layers, str(self.dtype).removeprefix("torch."), "eager attention" if self.eager else "")
         return ", ".join(word for word in words if word)
 
 
 def draw_recipe(rng: random.Random) -> Recipe:
-    own = transformers is None or rng.random() < 0.45
+    own = transformers is None or rng.random() < 0.55
     kind = rng.choice(list(BLOCKS) if own else TYPES)
     dtype = torch.bfloat16 if rng.random() < 0.12 else torch.float32
-    return Recipe(kind, rng.randrange(1000), dtype, not own and rng.random() < 0.25)
+    layers = 1 if rng.random() < 0.7 else 2
+    return Recipe(kind, rng.randrange(1000), dtype, layers, not own and rng.random() < 0.25)
 
 
 @functools.cache
-def _template(kind: str) -> nn.Module:
-    return tiny_of(kind)
+def _template(kind: str, layers: int) -> nn.Module:
+    model = tiny_of(kind)
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(part.isdigit() for part in path.split(".")):
+            del module[layers:]
+    return model
 
 
 @dataclass
@@ -543,7 +550,7 @@ class Replica(nn.Module):
         yield
 
 
-@event(weight=4)
+@event(weight=2)
 def patched(side: Side, rng: random.Random) -> tuple[str, Action]:
     """Once more, perhaps; of some ops or modules, perhaps; what it is wrapped into or what is inside."""
     choice: dict[str, list[str]] = {}
@@ -632,7 +639,7 @@ def wrapped(side: Side, rng: random.Random) -> tuple[str, Action]:
 def heavy(side: Side, rng: random.Random) -> bool:
     """Whether it would take too long: to compile a small model takes seconds, one of transformers many."""
     own = isinstance(side.core, Language)
-    return rng.random() > (1.0 if own else 0.1) if "slow" in side.marks else (not own or rng.random() < 0.6)
+    return rng.random() > (1.0 if own else 0.1) if "slow" in side.marks else (not own or rng.random() < 0.7)
 
 
 @event(weight=0.25, unless="compiled offloaded prepared")
@@ -1074,7 +1081,8 @@ class Twins:
             Exception: what that twin raises, which is then as it was before.
         """
         try:
-            found = _do(self.plain, action, seed)
+            result = _act(self.plain, action, seed)
+            found = ({} if result is None else {"event": result}) | observe(self.plain)
             for result in found.values():
                 for x in result.values():
                     if isinstance(x, Tensor) and not x.isfinite().all():
@@ -1091,13 +1099,16 @@ class Twins:
         Raises:
             Exception: whatever the unpatched one does not raise; Difference where it is not the same.
         """
-        got = _do(self.patched, *self.done[-1])
-        exact = functools.cache(self._exact)
-        for what, result in wanted.items():
-            compare(what, got[what], result, self.patched, lambda what=what: exact(what == "event")[what])
+        side, exact = self.patched, functools.cache(self._exact)
+        result = _act(side, *self.done[-1])
+        if result is not None:
+            compare("event", result, wanted["event"], side, lambda: exact(True)["event"])
+        self._compare_parameters(trained="parameters" in wanted.get("event", {}))
+        for what, found in observe(side).items():
+            compare(what, found, wanted[what], side, lambda what=what: exact(False)[what])
+        self._compare_parameters(trained=False)
         if self.patched.pristine:
             self._compare_attributes()
-        self._compare_parameters(trained="parameters" in wanted.get("event", {}))
 
     def _compare_parameters(self, trained: bool) -> None:
         """They are the same bits; those that were trained become so, lest roundings add up."""
@@ -1133,8 +1144,9 @@ class Twins:
 
     def check_others(self) -> None:
         """Another model gives to the last bit what it gave before anything was patched."""
-        for what, result in observe(self._make(False)).items():
-            compare(f"another model, {what}", result, self.first[what], self.plain, dict)
+        other = self._make(False)
+        for what, result in observe(other).items():
+            compare(f"another model, {what}", result, self.first[what], other, dict)
 
     def _compare_attributes(self) -> None:
         pairs = zip(self.patched.root.named_modules(), self.plain.root.named_modules(), strict=True)
@@ -1158,11 +1170,6 @@ class Twins:
 def _act(side: Side, action: Action, seed: int) -> Result | None:
     torch.default_generator.manual_seed(seed)
     return action(side)
-
-
-def _do(side: Side, action: Action, seed: int) -> dict[str, Result]:
-    result = _act(side, action, seed)
-    return ({} if result is None else {"event": result}) | observe(side)
 
 
 def _draw(side: Side, rng: random.Random, weights: dict[str, float]) -> tuple[str, str, Action]:

@@ -545,8 +545,7 @@ class Replica(nn.Module):
         self.module = module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with torch.enable_grad() if torch.is_grad_enabled() else contextlib.nullcontext():
-            return self.module(*args, **kwargs)
+        return self.module(*args, **kwargs)
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -642,7 +641,7 @@ def wrapped(side: Side, rng: random.Random) -> tuple[str, Action]:
 def heavy(side: Side, rng: random.Random) -> bool:
     """Whether it would take too long: to compile a small model takes seconds, one of transformers many."""
     own = isinstance(side.core, Language)
-    return rng.random() > (1.0 if own else 0.1) if "slow" in side.marks else (not own or rng.random() < 0.7)
+    return rng.random() > (1.0 if own else 0.05) if "slow" in side.marks else (not own or rng.random() < 0.7)
 
 
 @event(weight=0.25, unless="compiled offloaded prepared")
@@ -1024,7 +1023,8 @@ def generated(side: Side, rng: random.Random) -> tuple[str, Action] | None:
     def act(side: Side) -> Result:
         side.core.eval()
         inputs = side.batch.inputs(side.core)
-        given = {k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
+        # Padded on the left: what follows would else be read off a hidden token.
+        given = {k: v.flip(1) for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
         return {"tokens": side.core.generate(**given, max_new_tokens=5, do_sample=False, pad_token_id=0).tolist()}
 
     return "5 tokens", act

@@ -236,7 +236,7 @@ class Recipe:
 
 
 def draw_recipe(rng: random.Random) -> Recipe:
-    own = transformers is None or rng.random() < 0.55
+    own = transformers is None or rng.random() < 0.6
     kind = rng.choice(list(BLOCKS) if own else TYPES)
     dtype = torch.bfloat16 if rng.random() < 0.12 else torch.float32
     layers = 1 if rng.random() < 0.7 else 2
@@ -644,7 +644,7 @@ def heavy(side: Side, rng: random.Random) -> bool:
     return rng.random() > (1.0 if own else 0.05) if "slow" in side.marks else (not own or rng.random() < 0.7)
 
 
-@event(weight=0.25, unless="compiled offloaded prepared")
+@event(weight=0.3, unless="compiled offloaded prepared")
 def compiled(side: Side, rng: random.Random) -> tuple[str, Action] | None:
     if heavy(side, rng):
         return None
@@ -708,7 +708,7 @@ def norms_tuned(side: Side, rng: random.Random) -> tuple[str, Action] | None:
     return f"LNTuning of {names}", act
 
 
-@event(weight=0.5, unless="offloaded compiled prepared")
+@event(weight=0.6, unless="offloaded compiled prepared")
 def offloaded(side: Side, rng: random.Random) -> tuple[str, Action] | None:
     if accelerate is None:
         return None
@@ -721,7 +721,7 @@ def offloaded(side: Side, rng: random.Random) -> tuple[str, Action] | None:
     return "accelerate's cpu_offload", act
 
 
-@event(weight=3)
+@event(weight=6.0)
 def loaded(side: Side, rng: random.Random) -> tuple[str, Action] | None:
     if "offloaded" not in side.marks:
         return None
@@ -734,11 +734,11 @@ def loaded(side: Side, rng: random.Random) -> tuple[str, Action] | None:
     return "accelerate's hooks removed", act
 
 
-@event(weight=0.5, unless="offloaded compiled prepared")
+@event(weight=0.7, unless="offloaded compiled prepared")
 def prepared(side: Side, rng: random.Random) -> tuple[str, Action] | None:
     if accelerate is None:
         return None
-    precision = rng.choice(["no", "bf16"])
+    precision = rng.choice(["no", "bf16", "bf16"])
 
     def act(side: Side) -> None:
         accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
@@ -750,7 +750,7 @@ def prepared(side: Side, rng: random.Random) -> tuple[str, Action] | None:
     return f"Accelerator(mixed_precision={precision!r}).prepare", act
 
 
-@event(weight=3)
+@event(weight=6.0)
 def unprepared(side: Side, rng: random.Random) -> tuple[str, Action] | None:
     if "prepared" not in side.marks:
         return None
@@ -865,7 +865,7 @@ def hooked(side: Side, rng: random.Random) -> tuple[str, Action]:
     return f"{'before ' if before else ''}{path}", act
 
 
-@event(weight=0.5, unless="compiled")
+@event(weight=1.0, unless="compiled")
 def unhooked(side: Side, rng: random.Random) -> tuple[str, Action] | None:
     if not recorders(side.root):
         return None
@@ -923,7 +923,7 @@ def frozen(side: Side, rng: random.Random) -> tuple[str, Action]:
     return f"{len(names)} parameters, others not: {', '.join(names[:3])} ...", act
 
 
-@event(weight=0.5, unless="offloaded compiled")
+@event(weight=1.0, unless="offloaded compiled")
 def checkpointed(side: Side, rng: random.Random) -> tuple[str, Action] | None:
     if not getattr(side.core, "supports_gradient_checkpointing", False):
         return None
@@ -1030,7 +1030,7 @@ def generated(side: Side, rng: random.Random) -> tuple[str, Action] | None:
     return "5 tokens", act
 
 
-@event(weight=1.5, unless="compiled")
+@event(weight=3.0, unless="compiled")
 def weights_asked_for(side: Side, rng: random.Random) -> tuple[str, Action] | None:
     if "eager" not in side.marks:
         return None

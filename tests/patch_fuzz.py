@@ -639,9 +639,11 @@ def wrapped(side: Side, rng: random.Random) -> tuple[str, Action]:
 
 
 def heavy(side: Side, rng: random.Random) -> bool:
-    """Whether it would take too long: to compile a small model takes seconds, one of transformers many."""
+    """Whether to compile it takes too long: a small model takes seconds, one of transformers many."""
     own = isinstance(side.core, Language)
-    return rng.random() > (1.0 if own else 0.05) if "slow" in side.marks else (not own or rng.random() < 0.7)
+    if "slow" in side.marks:
+        return not own and rng.random() > 0.05
+    return not own or len(side.core.blocks) > 1 or rng.random() < 0.7
 
 
 @event(weight=0.3, unless="compiled offloaded prepared")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import subprocess
 import sys
 
@@ -245,6 +246,12 @@ class TestTransformers:
         accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
         prepared = accelerator.prepare(model)
         assert prepared(**inputs).loss.dtype == torch.float32
+        copied, other = copy.deepcopy(prepared), accelerator.prepare(tiny_of("llama").train())
+        for changed in (copied, other):  # a copy has weights of its own
+            with torch.no_grad():
+                changed.lm_head.weight.mul_(3)
+        torch.testing.assert_close(copied(**inputs).loss, other(**inputs).loss, rtol=1e-2, atol=1e-2)
+        assert list(inspect.signature(prepared.forward).parameters) == list(inspect.signature(other.forward).parameters)
         unwrapped = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
         torch.testing.assert_close(unwrapped(**inputs).loss, expected)
         torch.testing.assert_close(copy.deepcopy(unwrapped)(**inputs).loss, expected)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,8 @@ from fastllm import ops
 from fastllm.patching._config import NAME, init_continuous_batching, own
 from fastllm.patching._probe import Differs, told
 from fastllm.tracing import lasting
+
+_calls: list[str] | None = None
 
 UNPADDED_ON_CPU = 768
 """Shorter rows are attended to with their padding there: taking it out costs as much as it saves."""
@@ -127,6 +130,8 @@ def attention(
     """What transformers calls as an attention function.
 
     Returns (B, Sq, H, DV), and the weights where they are asked for."""
+    if _calls is not None and not torch.compiler.is_compiling():
+        _calls.append(type(module).__name__)
     if _weights_wanted(kwargs):
         return _with_weights(
             module, query, key, value, attention_mask, dropout, scaling, position_bias, softcap, s_aux, **kwargs
@@ -240,11 +245,25 @@ def _with_weights(module, query, key, value, mask, dropout, scaling, position_bi
     return eager(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
 
 
+NOT_INTERFACED = "its attention does not go through transformers' AttentionInterface"
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[list[str]]:
+    """Takes down which modules call the attention inside."""
+    global _calls
+    before, _calls = _calls, []
+    try:
+        yield _calls
+    finally:
+        _calls = before
+
+
 def reason_against(model: Any) -> str | None:
     """Why a transformers model cannot take this attention, or None, and NAME is known to transformers."""
     can = getattr(model, "_can_set_attn_implementation", None)
     if can is None or not can():
-        return "its attention does not go through transformers' AttentionInterface"
+        return NOT_INTERFACED
     if model.config._attn_implementation == NAME:
         return "replaced already"
     return None if register() else "transformers is not installed"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastllm.patching._forward import ours, unbound
+from fastllm.patching._forward import ours
 
 
 @dataclass
@@ -115,7 +115,7 @@ def compare(model: nn.Module, batch: Mapping[str, Any], *, seed: int = 0, **patc
             f"compare: batch must be a mapping of the model's arguments by name, got {type(batch).__name__}"
         )
     for path, module in model.named_modules():
-        if ours(unbound(module.__dict__.get("forward"))):
+        if ours(module.__dict__.get("forward")):
             raise ValueError(f"compare: {path or 'the model'} is patched already; revert() that report first")
 
     # Blocks of layers and what they consist of: the leaves run other code.

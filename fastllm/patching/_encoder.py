@@ -26,8 +26,8 @@ def forward(
     src_key_padding_mask: Tensor | None = None,
     is_causal: bool = False,
 ) -> Tensor:
-    """torch's, but for calls without gradients in evaluation, for which torch has a fused layer of its own."""
-    if src.is_nested or (not module.training and not torch.is_grad_enabled()):
+    """torch's in training. In evaluation torch has a fused layer of its own, with conditions of its own."""
+    if src.is_nested or not module.training:
         return type(module).forward(module, src, src_mask, src_key_padding_mask, is_causal)
 
     def attend(x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ computes without calling them are others than those that were proven, or somebod
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 import warnings
 from collections.abc import Callable, Iterable
@@ -43,25 +44,34 @@ def bind(module: nn.Module, run: Callable, *found: Any, uncalled: Iterable[str] 
     named = [(name, getattr(module, name)) for name in uncalled]
     children = tuple((name, value, type(value)) for name, value in named if isinstance(value, nn.Module))
     functions = tuple((name, value) for name, value in named if isinstance(value, _FUNCTIONS))
-    forward = functools.partial(call, module, run, found, Proven(type(module).forward, children, functions))
-    forward.__name__ = "forward"  # type: ignore[attr-defined] # by which a method made of it is pickled
+    proven = Proven(type(module).forward, children, functions)
+    forward: Any = functools.partial(call, module, run, found, proven)
+    # As a method has it: accelerate wraps the function, and binds it to the module, or to a copy of that.
+    forward.__func__ = functools.partial(call_as_method, run, found, proven)
+    forward.__func__.__name__ = "forward"  # by which a method is pickled
+    signature = inspect.signature(type(module).forward)
+    bare = [p.replace(annotation=p.empty) for p in signature.parameters.values()]  # annotations may not be pickled
+    forward.__func__.__signature__ = inspect.Signature(bare)
+    forward.__signature__ = inspect.Signature(bare[1:])
     return forward
 
 
 def ours(forward: Any) -> bool:
     """Whether `patch` has set this forward."""
-    return isinstance(forward, functools.partial) and forward.func is call
+    forward = forward.__func__ if isinstance(forward, types.MethodType) else forward
+    return isinstance(forward, functools.partial) and forward.func in (call, call_as_method)
 
 
 def call(module: nn.Module, run: Callable, found: tuple, proven: Proven, *args: Any, **kwargs: Any) -> Any:
     """The forward of a replaced module."""
-    if args and isinstance(args[0], nn.Module):  # bound once more, as accelerate's unwrap_model does with forwards
-        if args[0] is not module:
-            return type(args[0]).forward(*args, **kwargs)
-        args = args[1:]
     if not _as_proven(module, proven):
         return type(module).forward(module, *args, **kwargs)
     return run(module, *found, *args, **kwargs)
+
+
+def call_as_method(run: Callable, found: tuple, proven: Proven, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The forward as a function of the module."""
+    return call(module, run, found, proven, *args, **kwargs)
 
 
 def _as_proven(module: nn.Module, proven: Proven) -> bool:
@@ -101,8 +111,3 @@ def hooked(module: nn.Module) -> bool:
 def watched() -> bool:
     """Whether somebody wants to know when any module at all runs."""
     return any(GLOBAL_HOOKS)
-
-
-def unbound(forward: Any) -> Any:
-    """The forward itself, where somebody has made a method of it."""
-    return forward.__func__ if isinstance(forward, types.MethodType) else forward

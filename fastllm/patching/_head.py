@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 import math
 import warnings
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from fastllm import backends, ops
 from fastllm.backends import FallbackWarning
-from fastllm.patching._forward import bind, hooked, ours, unbound, watched
+from fastllm.patching._forward import bind, hooked, ours, watched
 from fastllm.patching._inputs import decoded_shape
 from fastllm.patching._probe import Differs, judge, sharded, told
 from fastllm.patching._report import PatchError
@@ -65,7 +64,7 @@ def is_linear(module: nn.Module) -> bool:
 def in_place(model: Any) -> bool:
     """Whether the model's head is still the one that was patched. (Its embeddings may have been resized, say.)"""
     forward = getattr(model.get_output_embeddings(), "__dict__", {}).get("forward")
-    if ours(unbound(forward)):
+    if ours(forward):
         return True
     message = f"fastllm.patch: {type(model).__name__} has another head than when it was patched: its loss is not fused"
     warnings.warn(message, FallbackWarning, stacklevel=2)
@@ -169,14 +168,7 @@ def install(report: Any, model: Any, head: Head) -> None:
     module = model.get_output_embeddings()
     report.set_forward(module, bind(module, head_forward, head))
     report.on_revert(_set_loss(model, functools.partial(loss_function, model, head, model.loss_function)))
-    report.set_forward(model, keep_signature(model, bind(model, model_forward, head)))
-
-
-def keep_signature(model: Any, forward: Any) -> Callable:
-    """Trainers and `generate` look at what a model's forward takes. Without annotations, which may not be pickled."""
-    parameters = inspect.signature(functools.partial(type(model).forward, model)).parameters.values()
-    forward.__signature__ = inspect.Signature([p.replace(annotation=inspect.Parameter.empty) for p in parameters])
-    return forward
+    report.set_forward(model, bind(model, model_forward, head))
 
 
 def find(model: Any, module: Any, inputs: dict[str, Tensor]) -> Head | None:

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 from fastllm import ops
 from fastllm.backends import FallbackWarning, autocasts
 from fastllm.patching._forward import bind
-from fastllm.patching._head import Head, can_defer, keep_signature, wants_no_logits
+from fastllm.patching._head import Head, can_defer, wants_no_logits
 from fastllm.patching._inputs import decoded_shape
 from fastllm.patching._probe import Differs, told
 
@@ -168,7 +168,7 @@ def install(report: Any, model: Any, head: Head) -> None:
     """Sets the two forwards on this model."""
     module = model.get_output_embeddings()
     report.set_forward(module, bind(module, head_forward, head))
-    report.set_forward(model, keep_signature(model, bind(model, model_forward, head)))
+    report.set_forward(model, bind(model, model_forward, head))
 
 
 class _Watch(TorchFunctionMode):

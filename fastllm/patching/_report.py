@@ -8,8 +8,6 @@ from typing import Any
 
 from torch import nn
 
-from fastllm.patching._forward import unbound
-
 
 @dataclass(frozen=True)
 class Entry:
@@ -62,7 +60,8 @@ class PatchReport(list):
         name = type(module).__name__
 
         def undo() -> None:
-            if unbound(module.__dict__.get("forward")) is not forward:
+            now = module.__dict__.get("forward")
+            if now is not forward and getattr(now, "__func__", None) is not getattr(forward, "__func__", forward):
                 raise PatchError(f"revert: the forward of a {name} was replaced by somebody else after the patch")
             del module.__dict__["forward"]
 

@@ -117,9 +117,12 @@ def _patch_attention(
     report: PatchReport, path: str, proof: Proof, wanted: Callable[[str, str], bool], verify: bool
 ) -> None:
     was = f"attention: {proof.model.config._attn_implementation}"
-    if not wanted(path, "attention"):
+    if not wanted(path, "attention") or not _attends(proof.model):
         return
     try:
+        reason = _attention.reason_against(proof.model)
+        if reason is not None:
+            raise Differs(reason)
         undo, kept = _switched(proof, verify)
     except Differs as differs:
         report.append(Entry(path, was, reason=str(differs)))
@@ -139,9 +142,6 @@ def _switched(proof: Proof, verify: bool) -> tuple[Callable[[], None], dict[str,
     Raises:
         Differs: if that cannot be, or the model then computes something else; its attention is as before.
     """
-    reason = _attention.reason_against(proof.model)
-    if reason is not None:
-        raise Differs(reason)
     kept: dict[str, str] = {}
     if verify and proof.wide() is not proof.model:
         undo, kept = _try_attention(proof.wide(), verify)
@@ -171,6 +171,10 @@ def _part(model: Any) -> _Part:
     return _Part(model, inputs, before)
 
 
+def _attends(model: nn.Module) -> bool:
+    return any("Attention" in type(module).__name__ for module in model.modules())
+
+
 def _try_attention(model: Any, verify: bool) -> tuple[Callable[[], None], dict[str, str]]:
     """As `_switched`, of one model in its own dtype."""
     parts: dict[str, _Part] = {}
@@ -178,9 +182,10 @@ def _try_attention(model: Any, verify: bool) -> tuple[Callable[[], None], dict[s
     if verify:
         parts[""] = _part(model)
         paths = {id(module): path for path, module in model.named_modules()}
-        for inner in unreached(model, parts[""].inputs):
+        # A forward without its backward would spoil the next one of a sharded model.
+        for inner in [] if _probe.sharded(model) else unreached(model, parts[""].inputs):
             path = paths[id(inner)]
-            if not any("Attention" in type(m).__name__ for m in inner.modules()):  # a vocoder, say
+            if not _attends(inner):  # a vocoder, say
                 continue
             try:
                 parts[path] = _part(inner)
@@ -209,9 +214,11 @@ def _reason(part: _Part) -> str | None:
     """Why its attention cannot be ours, which it is now; None if it can."""
     _, dtype = device_and_dtype(part.model)
     try:
-        return _difference(part.before, _outputs(part.model, part.inputs), dtype)
+        with _attention.watched() as calls:
+            after = _outputs(part.model, part.inputs)
     except Exception as error:
         return f"it does not run: {_probe.told(error)}"
+    return _difference(part.before, after, dtype) or (None if calls else _attention.NOT_INTERFACED)
 
 
 def _outputs(model: Any, inputs: Any) -> dict[str, Tensor | None]:
@@ -293,6 +300,8 @@ def _patch_head(report: PatchReport, path: str, proof: Proof, wanted: Callable[[
             raise Differs("the model's forward was replaced already")
         if proof.inference:
             raise Differs("its parameters were made in inference mode: it cannot be trained")
+        if _probe.sharded(model):  # a forward without its backward would spoil the next one
+            raise Differs("the model is sharded already, and its head cannot be tried: patch it before fully_shard")
         if proof.wide() is not model:
             _try_head(proof.wide()).revert()
         report.on_revert(_try_head(model).revert)

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastllm.patching import _probe
 from fastllm.patching._attention import dot_product
-from fastllm.patching._forward import bind
+from fastllm.patching._forward import Forward, bind
 from fastllm.patching._probe import Differs
 
 OPS = ("attention",)
@@ -87,7 +87,7 @@ def find(module: nn.Module, only: bool | None = None) -> bool:
     return True
 
 
-def replacement(module: nn.Module, found: bool) -> Callable:
+def replacement(module: nn.Module, found: bool) -> Forward:
     return bind(module, forward)
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from fastllm import ops
 from fastllm.patching import _probe
-from fastllm.patching._forward import bind
+from fastllm.patching._forward import Forward, bind
 
 OPS = ("dropout_add_layer_norm",)
 
@@ -66,7 +65,7 @@ def find(module: nn.TransformerEncoderLayer, only: bool | None = None) -> bool:
     return True
 
 
-def replacement(module: nn.TransformerEncoderLayer, found: bool) -> Callable:
+def replacement(module: nn.TransformerEncoderLayer, found: bool) -> Forward:
     uncalled = ("norm2", "dropout1") if module.norm_first else ("norm1", "norm2", "dropout1", "dropout2")
     return bind(module, forward, uncalled=uncalled)
 

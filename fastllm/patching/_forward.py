@@ -3,7 +3,6 @@ computes without calling them are others than those that were proven, or somebod
 
 from __future__ import annotations
 
-import functools
 import inspect
 import types
 import warnings
@@ -35,7 +34,38 @@ GLOBAL_HOOKS = (
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 
 
-def bind(module: nn.Module, run: Callable, *found: Any, uncalled: Iterable[str] = ()) -> functools.partial:
+class Forward:
+    """The forward of one replaced module: run(module, *found, ...), or the module's own.
+
+    As a method's, its `__func__` takes the module as well: accelerate wraps that, and binds it to the module again, or
+    to a copy of it."""
+
+    __slots__ = ("found", "module", "proven", "run")
+    __name__ = "forward"  # by which a method is pickled
+
+    def __init__(self, module: nn.Module | None, run: Callable, found: tuple, proven: Proven):
+        self.module, self.run, self.found, self.proven = module, run, found, proven
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module = self.module
+        if module is None:
+            module, args = args[0], args[1:]
+        if not _as_proven(module, self.proven):
+            return type(module).forward(module, *args, **kwargs)
+        return self.run(module, *self.found, *args, **kwargs)
+
+    @property
+    def __func__(self) -> Forward:
+        return Forward(None, self.run, self.found, self.proven)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        own = inspect.signature(self.proven.original)
+        skipped = 0 if self.module is None else 1
+        return own.replace(parameters=list(own.parameters.values())[skipped:])
+
+
+def bind(module: nn.Module, run: Callable, *found: Any, uncalled: Iterable[str] = ()) -> Forward:
     """run(module, *found, ...) as the forward of this one module.
 
     Args:
@@ -44,34 +74,13 @@ def bind(module: nn.Module, run: Callable, *found: Any, uncalled: Iterable[str] 
     named = [(name, getattr(module, name)) for name in uncalled]
     children = tuple((name, value, type(value)) for name, value in named if isinstance(value, nn.Module))
     functions = tuple((name, value) for name, value in named if isinstance(value, _FUNCTIONS))
-    proven = Proven(type(module).forward, children, functions)
-    forward: Any = functools.partial(call, module, run, found, proven)
-    # As a method has it: accelerate wraps the function, and binds it to the module, or to a copy of that.
-    forward.__func__ = functools.partial(call_as_method, run, found, proven)
-    forward.__func__.__name__ = "forward"  # by which a method is pickled
-    signature = inspect.signature(type(module).forward)
-    bare = [p.replace(annotation=p.empty) for p in signature.parameters.values()]  # annotations may not be pickled
-    forward.__func__.__signature__ = inspect.Signature(bare)
-    forward.__signature__ = inspect.Signature(bare[1:])
-    return forward
+    return Forward(module, run, found, Proven(type(module).forward, children, functions))
 
 
-def ours(forward: Any) -> bool:
-    """Whether `patch` has set this forward."""
+def ours(forward: Any, proven: Proven | None = None) -> bool:
+    """Whether `patch` has set this forward; the one with this proof, where it is given."""
     forward = forward.__func__ if isinstance(forward, types.MethodType) else forward
-    return isinstance(forward, functools.partial) and forward.func in (call, call_as_method)
-
-
-def call(module: nn.Module, run: Callable, found: tuple, proven: Proven, *args: Any, **kwargs: Any) -> Any:
-    """The forward of a replaced module."""
-    if not _as_proven(module, proven):
-        return type(module).forward(module, *args, **kwargs)
-    return run(module, *found, *args, **kwargs)
-
-
-def call_as_method(run: Callable, found: tuple, proven: Proven, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The forward as a function of the module."""
-    return call(module, run, found, proven, *args, **kwargs)
+    return isinstance(forward, Forward) and (proven is None or forward.proven is proven)
 
 
 def _as_proven(module: nn.Module, proven: Proven) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from fastllm import ops
 from fastllm.patching import _probe
-from fastllm.patching._forward import bind
+from fastllm.patching._forward import Forward, bind
 from fastllm.patching._probe import Differs
 
 
@@ -114,7 +113,7 @@ def find(module: nn.Module, only: Gated | None = None) -> Gated:
     return Gated(gate_name, up, down, activation)
 
 
-def replacement(module: nn.Module, found: Gated) -> Callable:
+def replacement(module: nn.Module, found: Gated) -> Forward:
     names = [*(name for name, _ in module.named_children()), *(name for name in vars(module) if name[0] != "_")]
     return bind(module, forward, found, uncalled=[name for name in names if name not in found])
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastllm.patching import _probe
 from fastllm.patching._attention import dot_product
-from fastllm.patching._forward import bind
+from fastllm.patching._forward import Forward, bind
 from fastllm.patching._probe import Differs
 
 OPS = ("attention",)
@@ -124,7 +124,7 @@ def find(module: nn.MultiheadAttention, only: bool | None = None) -> bool:
     return True
 
 
-def replacement(module: nn.MultiheadAttention, found: bool) -> Callable:
+def replacement(module: nn.MultiheadAttention, found: bool) -> Forward:
     return bind(module, forward)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from fastllm import ops
 from fastllm.patching import _probe
-from fastllm.patching._forward import bind
+from fastllm.patching._forward import Forward, bind
 from fastllm.patching._probe import Differs
 
 
@@ -106,7 +105,7 @@ def find(module: nn.Module, only: tuple | None = None) -> tuple[Norm, tuple[str,
     return kind._replace(widened=out.dtype == torch.float32), names
 
 
-def replacement(module: nn.Module, found: tuple[Norm, tuple[str, ...]]) -> Callable:
+def replacement(module: nn.Module, found: tuple[Norm, tuple[str, ...]]) -> Forward:
     return bind(module, forward, *found)
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from fastllm.patching._forward import Forward, ours
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -54,14 +56,13 @@ class PatchReport(list):
         """{"model": class name, "entries": [...]}, of plain strings."""
         return {"model": type(self.model).__name__, "entries": [asdict(entry) for entry in self]}
 
-    def set_forward(self, module: nn.Module, forward: Callable) -> None:
+    def set_forward(self, module: nn.Module, forward: Forward) -> None:
         """Gives this one module another forward, of its own; state, hooks and class stay."""
         module.__dict__["forward"] = forward
         name = type(module).__name__
 
         def undo() -> None:
-            now = module.__dict__.get("forward")
-            if now is not forward and getattr(now, "__func__", None) is not getattr(forward, "__func__", forward):
+            if not ours(module.__dict__.get("forward"), forward.proven):
                 raise PatchError(f"revert: the forward of a {name} was replaced by somebody else after the patch")
             del module.__dict__["forward"]
 

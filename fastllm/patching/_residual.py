@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastllm import backends, ops
 from fastllm.patching import _norms, _probe
-from fastllm.patching._forward import bind
+from fastllm.patching._forward import Forward, bind
 from fastllm.patching._probe import Differs
 
 OPS = ("dropout_add_layer_norm", "dropout_add_rms_norm")
@@ -141,7 +141,7 @@ def find(module: nn.Module, only: Residual | None = None) -> Residual:
     return Residual(projection, dropout, norm, kind, names, first)
 
 
-def replacement(module: nn.Module, found: Residual) -> Callable:
+def replacement(module: nn.Module, found: Residual) -> Forward:
     return bind(module, forward, found, uncalled=(found.dropout, found.norm))
 
 

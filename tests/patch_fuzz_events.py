@@ -440,7 +440,8 @@ def autocast(side: Side, rng: random.Random) -> tuple[str, Action]:
     return switched("autocast", "off" if "autocast" in side.marks else "on")
 
 
-@event(weight=0.3, unless="compiled")
+# What is hooked in the forward alone, another code would run where a checkpoint computes it again.
+@event(weight=0.3, unless="compiled checkpointed")
 def watched(side: Side, rng: random.Random) -> tuple[str, Action]:
     return switched("watched", f"the global forward hook {'removed' if 'watched' in side.marks else 'registered'}")
 
@@ -515,13 +516,14 @@ def frozen(side: Side, rng: random.Random) -> tuple[str, Action]:
     return f"{len(names)} parameters, others not: {', '.join(names[:3])} ...", act
 
 
-@event(weight=1.0, unless="offloaded compiled")
+@event(weight=1.0, unless="offloaded compiled watched")
 def checkpointed(side: Side, rng: random.Random) -> tuple[str, Action] | None:
     if not getattr(side.core, "supports_gradient_checkpointing", False):
         return None
 
     def act(side: Side) -> None:
         side.core.gradient_checkpointing_enable({"use_reentrant": False})
+        side.marks.add("checkpointed")
 
     return "gradient checkpointing", act
 

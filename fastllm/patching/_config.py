@@ -84,7 +84,7 @@ def own(model: nn.Module) -> Callable[[], None]:
     pairs = [(config, memo[id(config)]) for config in {id(c): c for c in memo.get(id(memo), [])}.values()]
     copies = [(c, made, dict(vars(made))) for c, made in pairs if isinstance(c, PreTrainedConfig)]
     for _, made, values in copies:
-        object.__setattr__(made, "__class__", _class(type(made), values.get(CHOICE)))
+        object.__setattr__(made, "__class__", _class(type(made), values.get(CHOICE)))  # type: ignore[arg-type]
 
     def undo() -> None:
         for original, made, before in copies:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -79,7 +80,7 @@ class Proof:
 
     def _copy(self) -> Any:
         try:
-            return _widened(self.model, self.device)
+            return _widened(self.model)
         except torch.OutOfMemoryError:
             pass  # and out of the handler, whose traceback holds what was allocated
         except Exception as error:
@@ -89,28 +90,34 @@ class Proof:
         except Exception as error:
             raise Differs(f"it cannot be copied to be proven in float32: {_probe.told(error)}") from error
 
+    def end(self) -> None:
+        """Gives the copy's memory back now: modules and their forwards refer to each other."""
+        if self._wide is not None:
+            self._wide = None
+            gc.collect()
 
-def _widened(model: Any, device: torch.device) -> Any:
-    """A copy with parameters and buffers of at least float32."""
+
+def _widened(model: Any, device: torch.device | None = None) -> Any:
+    """A copy with parameters and buffers of at least float32, there or where they are."""
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         if id(tensor) not in memo and type(tensor) in (Tensor, nn.Parameter):
-            dtype = torch.promote_types(tensor.dtype, torch.float32) if tensor.is_floating_point() else tensor.dtype
-            made = tensor.detach().to(device, dtype, copy=True)
-            floating = made.is_floating_point() or made.is_complex()
-            memo[id(tensor)] = nn.Parameter(made, tensor.requires_grad and floating) if _parameter(tensor) else made
+            floating = tensor.is_floating_point()
+            dtype = torch.promote_types(tensor.dtype, torch.float32) if floating else tensor.dtype
+            made = tensor.detach().to(device or tensor.device, dtype, copy=True)
+            trained = tensor.requires_grad and (floating or tensor.is_complex())
+            memo[id(tensor)] = nn.Parameter(made, trained) if isinstance(tensor, nn.Parameter) else made
     return copy.deepcopy(model, memo)
-
-
-def _parameter(tensor: Tensor) -> bool:
-    return isinstance(tensor, nn.Parameter)
 
 
 def patch(report: PatchReport, path: str, model: Any, wanted: Callable[[str, str], bool], verify: bool) -> None:
     """Replaces attention and head of a model of transformers, or reports why not."""
     proof = Proof(model)
-    _patch_attention(report, path, proof, wanted, verify)
-    _patch_head(report, path, proof, wanted)
+    try:
+        _patch_attention(report, path, proof, wanted, verify)
+        _patch_head(report, path, proof, wanted)
+    finally:
+        proof.end()
 
 
 def _patch_attention(

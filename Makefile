@@ -15,7 +15,7 @@ INSTALL := $(PY) -m pip install --quiet --no-compile
 READY := $(VENV)/.ready
 COMPILED := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help setup demo test test-slow test-all lint format bench gpu sanitize compat wheel clean
+.PHONY: help setup demo test test-slow test-all fuzz models lint format bench gpu sanitize compat wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -23,6 +23,8 @@ help:
 	@echo "make setup   what the others do first: .venv, with everything built and installed"
 	@echo "make test    the test suite; with setting up, ten to thirteen minutes on two cores"
 	@echo "make test-all that, and the tests that take long (test-slow)"
+	@echo "make fuzz    2,000 random sequences of what happens to patched models (the tests have 100); half an hour"
+	@echo "make models  fastllm.patch in each language model of transformers; writes docs/models.md; a quarter of an hour"
 	@echo "make lint    ruff, clang-format, mypy"
 	@echo "make format  rewrite the sources as lint wants them"
 	@echo "make bench   every op against its rivals; results in runs/bench"
@@ -72,6 +74,12 @@ test-slow: $(READY)
 	$(PYTEST) -m slow
 
 test-all: test test-slow
+
+fuzz: $(READY)
+	$(PY) tests/patch_fuzz.py --count 2000
+
+models: $(READY)
+	$(PY) tests/patch_models.py docs/models.md
 
 lint: $(READY)
 	$(PY) -m ruff check .

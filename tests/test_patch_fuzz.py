@@ -25,9 +25,3 @@ def check(seeds: range) -> None:
 @pytest.mark.parametrize("case", range(CASES))
 def test_a_patched_model_beside_its_twin(case):
     check(range(case, 100, CASES))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", range(40))
-def test_many_patched_models_beside_their_twins(case):
-    check(range(100 + case, 2100, 40))

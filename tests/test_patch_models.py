@@ -163,10 +163,10 @@ def test_the_mask_is_not_lost():
 
 
 @pytest.mark.slow
-def test_every_type_of_transformers():
-    """docs/models.md is this, written down: `python tests/patch_models.py docs/models.md`."""
-    results = sweep()
+def test_types_of_transformers():
+    """One in four; `make models` tries all, and writes docs/models.md."""
+    results = sweep(4)
     failed = [f"{r.task} {r.name}: {r.failed}" for r in results if r.failed]
     assert not failed, "\n".join(failed)
-    assert sum(bool(r.replaced) for r in results) >= 120
+    assert sum(bool(r.replaced) for r in results) >= 40
     assert all(r.replaced or r.left or r.unbuilt for r in results), "nothing replaced, and the report does not say why"

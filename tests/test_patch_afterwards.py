@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import pickle
 import subprocess
 import sys
 
@@ -133,6 +134,33 @@ def test_a_class_whose_forward_is_exchanged(monkeypatch):
     patch(block)
     monkeypatch.setattr(Block, "forward", lambda self, x, residual: x - residual)
     assert torch.equal(block(x, x), torch.zeros_like(x))
+
+
+def renamed(self, x):
+    return nn.LayerNorm.forward(self, x)
+
+
+renamed.__qualname__ = "made.<locals>.forward"
+
+
+class Renamed(nn.LayerNorm):
+    forward = renamed
+
+
+def test_pickles_of_a_class_whose_forward_pickle_does_not_find():
+    module, x = nn.Sequential(Renamed(8)), torch.randn(3, 8)
+    assert patch(module).replaced
+    read = pickle.loads(pickle.dumps(module))
+    assert "forward" in vars(read[0])
+    assert torch.equal(read(x), module(x))
+
+
+@pytest.mark.filterwarnings("ignore::fastllm.backends.FallbackWarning")
+def test_a_copy_remembers_what_was_proven(monkeypatch):
+    norm, x = nn.RMSNorm(8), torch.randn(3, 8)
+    patch(norm)
+    monkeypatch.setattr(nn.RMSNorm, "forward", lambda self, x: x - 1)
+    assert torch.equal(copy.deepcopy(norm)(x), x - 1)
 
 
 def test_a_sum_that_broadcasts():

@@ -3,6 +3,7 @@ computes without calling them are others than those that were proven, or somebod
 
 from __future__ import annotations
 
+import copy
 import inspect
 import types
 import warnings
@@ -18,7 +19,7 @@ from fastllm.backends import FallbackWarning
 class Proven(NamedTuple):
     """What a replaced module was when it was proven."""
 
-    original: Callable  # its class's forward
+    original: Callable | None  # its class's forward, where that is known
     children: tuple[tuple[str, nn.Module, type], ...]  # that it no longer calls: name, module, class
     functions: tuple[tuple[str, Any], ...]  # in its attributes, that it no longer calls
 
@@ -54,13 +55,27 @@ class Forward:
             return type(module).forward(module, *args, **kwargs)
         return self.run(module, *self.found, *args, **kwargs)
 
+    def __getstate__(self) -> tuple:
+        """Without the class's forward, which pickle may not find: it is the one that the class has then."""
+        return self.module, self.run, self.found, self.proven.children, self.proven.functions
+
+    def __setstate__(self, state: tuple) -> None:
+        self.module, self.run, self.found, children, functions = state
+        self.proven = Proven(None if self.module is None else type(self.module).forward, children, functions)
+
+    def __deepcopy__(self, memo: dict) -> Forward:
+        made = memo[id(self)] = Forward.__new__(Forward)
+        made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        made.proven = made.proven._replace(original=self.proven.original)
+        return made
+
     @property
     def __func__(self) -> Forward:
         return Forward(None, self.run, self.found, self.proven)
 
     @property
     def __signature__(self) -> inspect.Signature:
-        own = inspect.signature(self.proven.original)
+        own = inspect.signature(self.proven.original or nn.Module.forward)
         skipped = 0 if self.module is None else 1
         return own.replace(parameters=list(own.parameters.values())[skipped:])
 
@@ -84,7 +99,7 @@ def ours(forward: Any, proven: Proven | None = None) -> bool:
 
 
 def _as_proven(module: nn.Module, proven: Proven) -> bool:
-    if type(module).forward is not proven.original:
+    if proven.original is not None and type(module).forward is not proven.original:
         _warn(module, "has the forward of another class than when it was patched")
         return False
     for name, child, was in proven.children:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import pickle
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -126,6 +128,144 @@ def test_an_exchanged_activation(before, after):
     other.load_state_dict(feed.state_dict())
     feed.act = after
     torch.testing.assert_close(feed(x), other(x))
+
+
+class Silu:
+    def __init__(self, scale):
+        self.scale = scale
+
+    def __call__(self, x):
+        return self.scale * F.silu(x)
+
+
+INSIDE = {
+    "an object": (lambda: Silu(1.0), lambda feed: setattr(feed, "act", Silu(2.0))),
+    "a partial": (
+        lambda: functools.partial(F.silu, inplace=False),
+        lambda feed: setattr(feed, "act", functools.partial(F.gelu, approximate="none")),
+    ),
+    "in a Sequential": (lambda: nn.Sequential(nn.SiLU()), lambda feed: feed.act.__setitem__(0, nn.ReLU())),
+    "a hook in a Sequential": (
+        lambda: nn.Sequential(nn.SiLU()),
+        lambda feed: feed.act[0].register_forward_hook(lambda module, args, output: 2 * output),
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore::fastllm.backends.FallbackWarning")
+@pytest.mark.parametrize("name", INSIDE)
+def test_an_activation_in_whatever_it_is_kept(name):
+    make, change = INSIDE[name]
+    feed, x = Feed(make()), torch.randn(3, 16)
+    other = copy.deepcopy(feed)
+    assert patch(feed).replaced
+    for module in (feed, other):
+        change(module)
+    torch.testing.assert_close(feed(x), other(x))
+
+
+class Named(nn.Module):
+    """Its activation is called as the op calls it."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(16, 24), nn.Linear(16, 24), nn.Linear(24, 16)
+        self.silu = nn.SiLU()
+
+    def forward(self, x):
+        return self.down(self.silu(self.gate(x)) * self.up(x))
+
+
+@pytest.mark.filterwarnings("ignore::fastllm.backends.FallbackWarning")
+def test_an_activation_by_the_name_of_the_ops():
+    feed, x = Named(), torch.randn(3, 16)
+    other = copy.deepcopy(feed)
+    assert patch(feed).replaced
+    feed.silu = other.silu = nn.ReLU()
+    torch.testing.assert_close(feed(x), other(x))
+
+
+class Buffered(nn.RMSNorm):
+    def __init__(self):
+        super().__init__(16, eps=1e-6)
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, x):
+        return super().forward(x) * self.scale
+
+
+class Masked(Feed):
+    def __init__(self):
+        super().__init__(nn.SiLU())
+        self.register_buffer("mask", torch.ones(24))
+
+    def forward(self, x):
+        return self.down(self.act(self.gate(x)) * self.up(x) * self.mask)
+
+
+@pytest.mark.parametrize("make", [Buffered, Masked])
+def test_buffers_may_change(make):
+    (entry,) = patch(make())
+    assert entry.reason == "it has buffers, which may change"
+
+
+def test_an_exchange_in_a_compiled_graph_breaks_it_nowhere():
+    block, x = Block(), torch.randn(3, 16)
+    patch(block)
+    block.norm = Scaled(16)
+    torch.compiler.reset()
+    compiled = torch.compile(block, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, x), Block.forward(block, x, x))
+    torch.compiler.reset()
+
+
+class WeightsType(nn.Module):
+    """As T5's norm: what it gives has the dtype of its weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.rand(16)), 1e-6
+
+    def forward(self, x):
+        y = x * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * (y.to(self.weight.dtype) if self.weight.dtype != torch.float32 else y)
+
+
+@pytest.mark.parametrize("weight", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_dtypes_of_norms_that_were_not_tried(weight):
+    for make in (WeightsType, lambda: nn.LayerNorm(16), lambda: nn.RMSNorm(16, eps=1e-6)):
+        norm = make().to(weight)
+        other = copy.deepcopy(norm)
+        assert patch(norm).replaced
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64):
+            x = (10 * torch.randn(3, 16)).to(dtype)
+            try:
+                expected = other(x)
+            except RuntimeError:
+                continue  # torch's own take no mixture
+            assert norm(x).dtype == expected.dtype
+            torch.testing.assert_close(norm(x), expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_nested_tensors():
+    x = torch.nested.nested_tensor([torch.randn(2, 16), torch.randn(5, 16)], layout=torch.jagged)
+    for module in (nn.LayerNorm(16), Feed(nn.SiLU())):
+        expected = module(x).values()
+        assert patch(module).replaced
+        torch.testing.assert_close(module(x).values(), expected)
+
+
+def test_a_single_weight_for_all_channels():
+    class One(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.eps = nn.Parameter(torch.ones(1)), 1e-6
+
+        def forward(self, x):
+            return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+
+    assert not patch(One()).replaced
 
 
 @pytest.mark.filterwarnings("ignore::fastllm.backends.FallbackWarning")
@@ -328,6 +468,45 @@ class TestTransformers:
         report.revert()
         assert model.config is config
         assert config.output_attentions
+
+    def test_what_is_changed_in_place_in_a_configuration_stays(self):
+        from patch_models import tiny_of
+
+        model = tiny_of("llama")
+        report = patch(model)
+        model.config.id2label[7] = "seven"
+        report.revert()
+        assert model.config.id2label[7] == "seven"
+
+    def test_a_configuration_that_cannot_be_copied(self):
+        from patch_models import tiny_of
+
+        model = tiny_of("llama")
+        model.config.lock = threading.Lock()
+        (entry,) = patch(model, only="attention")
+        assert "its configuration cannot be copied" in entry.reason
+
+    def test_a_head_called_by_name(self):
+        from patch_models import tiny_of
+
+        model, hidden = tiny_of("llama"), torch.randn(1, 3, 32)
+        expected = model.lm_head(hidden)
+        patch(model)
+        torch.testing.assert_close(model.lm_head(input=hidden), expected)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+    def test_a_model_of_16_bits_with_a_part_of_32(self, dtype):
+        """As transformers loads T5."""
+        from patch_models import batch, tiny_of
+
+        model = tiny_of("t5").to(dtype)
+        for path, module in model.named_modules():
+            if path.endswith(".wo"):
+                module.float()
+        inputs = batch(model)
+        expected = model(**inputs).loss
+        patch(model)
+        torch.testing.assert_close(model(**inputs).loss, expected, rtol=2e-2, atol=2e-2)
 
     def test_attention_weights_that_the_model_refuses(self):
         from patch_models import tiny_of

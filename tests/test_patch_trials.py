@@ -215,6 +215,97 @@ class TestTransformers:
         assert entry.now is None
         assert "of the whole model differs by" in entry.reason
 
+    @pytest.mark.parametrize("name", ["deepseek_v32", "glm_moe_dsa", "axk2", "hy_v4"])
+    def test_an_attention_that_is_another_by_its_name_is_refused(self, name):
+        """However few tokens there are, and how many the model chooses of them."""
+        from patch_models import tiny_of
+
+        (entry,) = patch(tiny_of(name), only="attention")
+        assert "does something else where its attention is called" in entry.reason
+
+    def llama(self, change):
+        """A Llama whose output is changed if its attention is not its own."""
+        from patch_models import tiny_of
+
+        model = tiny_of("llama")
+        own = type(model).forward
+
+        def forward(self, *args, **kwargs):
+            out = own(self, *args, **kwargs)
+            if self.model.config._attn_implementation == "fastllm":
+                change(out, kwargs.get("attention_mask"))
+            return out
+
+        model.__class__ = type("Changed", (type(model),), {"forward": forward})
+        return model
+
+    def test_padding_is_tried(self):
+        def change(out, mask):
+            if mask is not None and not mask.all():
+                out.logits = out.logits * 1.5
+
+        (entry,) = patch(self.llama(change), only="attention")
+        assert "output logits of the whole model differs" in entry.reason
+
+    def test_hidden_tokens_may_differ(self):
+        def change(out, mask):
+            if mask is not None:
+                out.logits = out.logits * mask[..., None]
+
+        (entry,) = patch(self.llama(change), only="attention")
+        assert entry.now == "attention"
+
+    def test_all_outputs_are_looked_at(self):
+        def change(out, mask):
+            out["second"] = torch.ones(3)
+
+        model = self.llama(change)
+        own = type(model).forward
+
+        def forward(self, *args, **kwargs):
+            out = own(self, *args, **kwargs)
+            out["second"] = out.get("second", torch.zeros(3))
+            return out
+
+        type(model).forward = forward
+        (entry,) = patch(model, only="attention")
+        assert "output second of the whole model differs" in entry.reason
+
+    def test_an_attention_under_any_name(self):
+        from patch_models import tiny_of
+
+        model = tiny_of("llama")
+        for layer in model.model.layers:
+            layer.self_attn.__class__ = type("Mixer", (type(layer.self_attn),), {})
+        assert [entry.now for entry in patch(model, only="attention")] == ["attention"]
+        assert not list(patch(tiny_of("mamba"), only="attention"))
+
+    def test_what_trials_leave_in_a_model(self):
+        """Positions of Qwen2-VL's last call, by which the next one goes on."""
+        from input_models import MODELS
+
+        model = MODELS["qwen2_vl"]()
+        before = [dict(vars(m)) for m in model.modules()]
+        patch(model).revert()
+        after = [dict(vars(m)) for m in model.modules()]
+        for a, b in zip(after, before, strict=True):
+            plain = {name for name in a.keys() | b.keys() if name[0] != "_"}
+            assert all(a.get(name) is b.get(name) for name in plain), plain
+
+    def test_masks_that_are_drawn_by_numpy(self):
+        import numpy as np
+        from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+        small = {"encoder_layers": 1, "decoder_layers": 1, "d_model": 32, "vocab_size": 99, "num_mel_bins": 8}
+        small |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48}
+        small |= {"decoder_ffn_dim": 48, "max_source_positions": 60, "pad_token_id": 0, "bos_token_id": 1}
+        small |= {"eos_token_id": 2, "apply_spec_augment": True, "mask_time_prob": 0.5, "decoder_start_token_id": 1}
+        np.random.seed(5)
+        before = np.random.get_state()[1].copy()
+        report = patch(WhisperForConditionalGeneration(WhisperConfig(**small)))
+        assert "linear_cross_entropy" in {entry.now for entry in report.replaced}, report
+        assert (np.random.get_state()[1] == before).all()
+
     def test_compiled_layers_stay_compiled(self):
         from patch_models import batch, tiny_of
         from torch._dynamo.utils import counters

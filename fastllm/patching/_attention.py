@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
+import re
 import sys
 from collections.abc import Callable, Iterator
+from types import CodeType
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +20,7 @@ from fastllm.patching._config import NAME, init_continuous_batching, own
 from fastllm.patching._probe import Differs, told
 from fastllm.tracing import lasting
 
-_calls: list[str] | None = None
+_callers: list[str] | None = None
 
 UNPADDED_ON_CPU = 768
 """Shorter rows are attended to with their padding there: taking it out costs as much as it saves."""
@@ -130,8 +133,8 @@ def attention(
     """What transformers calls as an attention function.
 
     Returns (B, Sq, H, DV), and the weights where they are asked for."""
-    if _calls is not None and not torch.compiler.is_compiling():
-        _calls.append(type(module).__name__)
+    if _callers is not None and not torch.compiler.is_compiling():
+        _callers.append(type(module).__name__)
     if _weights_wanted(kwargs):
         return _with_weights(
             module, query, key, value, attention_mask, dropout, scaling, position_bias, softcap, s_aux, **kwargs
@@ -211,6 +214,7 @@ def dot_product(
     ranks = {query.dim(), key.dim(), value.dim()} != {4} or query.is_nested
     odd = ranks or not query.shape[0] == key.shape[0] == value.shape[0] or key.shape[1] != value.shape[1]
     odd = odd or (query.shape[1] != key.shape[1] and not enable_gqa)
+    odd = odd or (attn_mask is not None and type(attn_mask) not in (Tensor, nn.Parameter))  # as a CausalBias is
     if (dropped or learned or odd) and not softcap and sinks is None:
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -249,14 +253,34 @@ NOT_INTERFACED = "its attention does not go through transformers' AttentionInter
 
 
 @contextlib.contextmanager
-def watched() -> Iterator[list[str]]:
+def callers() -> Iterator[list[str]]:
     """Takes down which modules call the attention inside."""
-    global _calls
-    before, _calls = _calls, []
+    global _callers
+    before, _callers = _callers, []
     try:
-        yield _calls
+        yield _callers
     finally:
-        _calls = before
+        _callers = before
+
+
+_OTHERS = re.compile(r"torch\.|transformers\.(?!models\.)")
+"""Modules whose classes know attentions by name and compute none."""
+
+
+@functools.cache
+def _asks_for(kind: type, name: str) -> bool:
+    """Whether a method of this class compares the attention's name with this one, and so sees ours for another."""
+    own = (base for base in kind.__mro__ if _OTHERS.match(base.__module__) is None)
+    methods = (f for base in own for f in vars(base).values())
+    codes = [getattr(inspect.unwrap(f), "__code__", None) for f in methods if inspect.isfunction(f)]
+    return any(
+        code is not None and "_attn_implementation" in code.co_names and name in _strings(code) for code in codes
+    )
+
+
+def _strings(code: CodeType) -> set[str]:
+    constants = [x for c in code.co_consts for x in (c if isinstance(c, (tuple, frozenset)) else [c])]
+    return {c for c in constants if isinstance(c, str)}
 
 
 def reason_against(model: Any) -> str | None:
@@ -266,12 +290,19 @@ def reason_against(model: Any) -> str | None:
         return NOT_INTERFACED
     if model.config._attn_implementation == NAME:
         return "replaced already"
+    for module in model.modules():
+        before = getattr(getattr(module, "config", None), "_attn_implementation", None)
+        if before is not None and _asks_for(type(module), before):  # type: ignore[arg-type]
+            return f"{type(module).__name__} does something else where its attention is called {before}"
     return None if register() else "transformers is not installed"
 
 
 def switch(model: Any) -> Callable[[], None]:
     """Sets the model's attention to NAME; returns what sets it back."""
-    undo_configs = own(model)
+    try:
+        undo_configs = own(model)
+    except Exception as error:
+        raise Differs(f"its configuration cannot be copied: {told(error)}") from error
 
     def undo() -> None:
         model.__dict__.pop("init_continuous_batching", None)

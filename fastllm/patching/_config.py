@@ -89,7 +89,10 @@ def own(model: nn.Module) -> Callable[[], None]:
     def undo() -> None:
         for original, made, before in copies:
             for name, value in vars(made).items():
-                if (name != CHOICE or value != NAME) and (name not in before or value is not before[name]):
+                changed = name not in before or value is not before[name]
+                if isinstance(value, (dict, list)):  # perhaps in place
+                    changed = value != original.__dict__.get(name)
+                if changed and (name != CHOICE or value != NAME):
                     original.__dict__[name] = value
         for module, name, config in holders:
             module.__dict__[name] = config

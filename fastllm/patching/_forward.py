@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 from torch.nn.modules import module as _modules
 
@@ -20,7 +21,7 @@ class Proven(NamedTuple):
     """What a replaced module was when it was proven."""
 
     original: Callable | None  # its class's forward, where that is known
-    children: tuple[tuple[str, nn.Module, type], ...]  # that it no longer calls: name, module, class
+    uncalled: tuple[tuple[nn.Module, str, nn.Module, type], ...]  # modules in it: where, name, module, class
     functions: tuple[tuple[str, Any], ...]  # in its attributes, that it no longer calls
 
 
@@ -31,8 +32,6 @@ GLOBAL_HOOKS = (
     _modules._global_backward_pre_hooks,
 )
 """Those of all modules."""
-
-_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 
 
 class Forward:
@@ -57,11 +56,11 @@ class Forward:
 
     def __getstate__(self) -> tuple:
         """Without the class's forward, which pickle may not find: it is the one that the class has then."""
-        return self.module, self.run, self.found, self.proven.children, self.proven.functions
+        return self.module, self.run, self.found, self.proven.uncalled, self.proven.functions
 
     def __setstate__(self, state: tuple) -> None:
-        self.module, self.run, self.found, children, functions = state
-        self.proven = Proven(None if self.module is None else type(self.module).forward, children, functions)
+        self.module, self.run, self.found, uncalled, functions = state
+        self.proven = Proven(None if self.module is None else type(self.module).forward, uncalled, functions)
 
     def __deepcopy__(self, memo: dict) -> Forward:
         made = memo[id(self)] = Forward.__new__(Forward)
@@ -87,9 +86,11 @@ def bind(module: nn.Module, run: Callable, *found: Any, uncalled: Iterable[str] 
         uncalled: names of its children, and of functions in its attributes, that `run` does not call but computes.
     """
     named = [(name, getattr(module, name)) for name in uncalled]
-    children = tuple((name, value, type(value)) for name, value in named if isinstance(value, nn.Module))
-    functions = tuple((name, value) for name, value in named if isinstance(value, _FUNCTIONS))
-    return Forward(module, run, found, Proven(type(module).forward, children, functions))
+    modules = [(module, name, value, type(value)) for name, value in named if isinstance(value, nn.Module)]
+    for _, _, outer, _ in modules:  # grows meanwhile
+        modules += [(outer, name, inner, type(inner)) for name, inner in outer.named_children()]
+    functions = tuple((name, value) for name, value in named if callable(value) and not isinstance(value, nn.Module))
+    return Forward(module, run, found, Proven(type(module).forward, tuple(modules), functions))
 
 
 def ours(forward: Any, proven: Proven | None = None) -> bool:
@@ -102,12 +103,14 @@ def _as_proven(module: nn.Module, proven: Proven) -> bool:
     if proven.original is not None and type(module).forward is not proven.original:
         _warn(module, "has the forward of another class than when it was patched")
         return False
-    for name, child, was in proven.children:
-        if module._modules.get(name) is not child or type(child) is not was:
+    for parent, name, child, was in proven.uncalled:
+        if parent._modules.get(name) is not child or type(child) is not was:
             _warn(module, f"has another {name} than when it was patched")
             return False
         if not untouched(child):  # whoever looks at it, or brings its parameters, wants it called
             return False
+    if torch.compiler.is_compiling():  # Dynamo does not compare functions
+        return True
     for name, function in proven.functions:
         if module.__dict__.get(name) is not function:
             _warn(module, f"has another {name} than when it was patched")
@@ -116,6 +119,8 @@ def _as_proven(module: nn.Module, proven: Proven) -> bool:
 
 
 def _warn(module: nn.Module, what: str) -> None:
+    if torch.compiler.is_compiling():  # which a warning would end
+        return
     message = f"fastllm.patch: {type(module).__name__} {what}: it runs as it was before the patch"
     warnings.warn(message, FallbackWarning, stacklevel=4)
 

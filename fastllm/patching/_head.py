@@ -80,9 +80,10 @@ def wants_no_logits(model: Any, output_logits: bool, kwargs: dict[str, Any]) -> 
     return getattr(model.config, "return_dict", True) and in_place(model)
 
 
-def head_forward(module: nn.Module, head: Head, hidden: Tensor) -> Tensor:
-    if not can_defer(module, head):
-        return type(module).forward(module, hidden)
+def head_forward(module: nn.Module, head: Head, *args: Any, **kwargs: Any) -> Tensor:
+    if kwargs or len(args) != 1 or not can_defer(module, head):
+        return type(module).forward(module, *args, **kwargs)
+    (hidden,) = args
     head.hidden = hidden
     # What follows until the loss (a scale, a softcap) is in `Head`; whatever it makes of this is not looked at.
     return hidden
@@ -185,8 +186,6 @@ def find(model: Any, module: Any, inputs: dict[str, Tensor]) -> Head | None:
         raise Differs("the forward of its head was replaced already")
     if not is_linear(module):
         raise Differs("it has more parameters than a weight and a bias")
-    if sharded(model):
-        raise Differs("the model is sharded already, and its head cannot be tried: patch it before fully_shard")
     if not weight.dtype.is_floating_point:
         raise Differs(f"its weight is {weight.dtype}")
     if getattr(model, "loss_function", None) is None:

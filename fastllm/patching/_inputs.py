@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastllm.patching import _probe
 from fastllm.patching._media import Inputs, Maker, vocabulary
 
-__all__ = ["candidates", "decoded_length", "decoded_shape", "random_inputs", "unreached", "vocabulary"]
+__all__ = ["candidates", "decoded_shape", "random_inputs", "unreached", "vocabulary"]
 
 ROWS = 2
 HIDDEN = 3  # words by padding
@@ -30,11 +30,6 @@ def decoded_shape(inputs: Inputs) -> tuple[int, int]:
     if ids is None:
         raise ValueError("it takes no tokens")
     return ids.shape[0], ids.shape[1]
-
-
-def decoded_length(inputs: Inputs) -> int:
-    """For how many positions the model gives logits."""
-    return decoded_shape(inputs)[1]
 
 
 def random_inputs(

@@ -36,6 +36,8 @@ def forward(module: nn.Module, kind: Gated, *args: Any, **kwargs: Any) -> Tensor
     if len(args) + len(kwargs) != 1:
         return type(module).forward(module, *args, **kwargs)
     (x,) = (*args, *kwargs.values())
+    if x.is_nested:
+        return type(module).forward(module, x)
     up = None if kind.up is None else getattr(module, kind.up)(x)
     return getattr(module, kind.down)(gated(kind.activation, getattr(module, kind.gate)(x), up))
 
@@ -82,6 +84,8 @@ def find(module: nn.Module, only: Gated | None = None) -> Gated:
             raise Differs(f"it drops out, with p = {child.p}")
     if list(module.parameters(recurse=False)):
         raise Differs("it has parameters beside its projections")
+    if list(module.buffers(recurse=False)):
+        raise Differs("it has buffers, which may change")
     layouts = _layouts(module)
     gate = getattr(module, layouts[0][0])
     parameter = next(gate.parameters(), None)
@@ -115,15 +119,17 @@ def find(module: nn.Module, only: Gated | None = None) -> Gated:
 
 def replacement(module: nn.Module, found: Gated) -> Forward:
     names = [*(name for name, _ in module.named_children()), *(name for name in vars(module) if name[0] != "_")]
-    return bind(module, forward, found, uncalled=[name for name in names if name not in found])
+    return bind(module, forward, found, uncalled=[name for name in names if name not in found[:3]])
 
 
 def op(found: Gated) -> str:
     return "swiglu" if found.activation == "silu" else "geglu"
 
 
-def gelu_forward(module: nn.Module, x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
+def gelu_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    if kwargs or len(args) != 1:
+        return type(module).forward(module, *args, **kwargs)
+    return F.gelu(args[0], approximate="tanh")
 
 
 def may_be_gelu(module: nn.Module) -> bool:

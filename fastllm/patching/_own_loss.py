@@ -140,9 +140,10 @@ class Logits(Tensor):
         )  # fmt: skip
 
 
-def head_forward(module: Any, head: Head, hidden: Tensor) -> Tensor:
-    if not can_defer(module, head):
-        return type(module).forward(module, hidden)
+def head_forward(module: Any, head: Head, *args: Any, **kwargs: Any) -> Tensor:
+    if kwargs or len(args) != 1 or not can_defer(module, head):
+        return type(module).forward(module, *args, **kwargs)
+    (hidden,) = args
     dtype, device = hidden.dtype, hidden.device.type
     if autocasts(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)

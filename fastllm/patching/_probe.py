@@ -12,6 +12,8 @@ import contextlib
 import copy
 import functools
 import math
+import random
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -138,9 +140,10 @@ def quiet(module: nn.Module) -> Iterator[None]:
     """Leaves no trace of probes, neither in the random state nor in the modules' modes, and compiles nothing for them,
     where the module or what it calls is compiled."""
     modes = [(m, m.training) for m in module.modules()]
-    devices = [p.device for p in module.parameters() if p.device.type == "cuda"][:1]
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with (
         torch.random.fork_rng(devices=devices),
+        _random_states_kept(),
         torch.compiler.set_stance("force_eager"),
         warnings.catch_warnings(),
         _alone(),
@@ -177,17 +180,44 @@ def _alone() -> Iterator[None]:
 
 @contextlib.contextmanager
 def attributes_kept(module: nn.Module) -> Iterator[None]:
-    """Tensors that a run leaves in attributes for the next one, positions for one, are taken off again."""
+    """Tensors and plain values that a run leaves in attributes for the next one, positions for one, are taken off
+    again."""
     before = [(m, dict(vars(m))) for m in module.modules()]
     try:
         yield
     finally:
         for m, attributes in before:
-            for name in [name for name, value in vars(m).items() if isinstance(value, Tensor)]:
-                if name not in attributes:
+            for name, value in list(vars(m).items()):
+                left = isinstance(value, Tensor) or (
+                    isinstance(value, _PLAIN) and name[0] != "_" and name != "training"
+                )
+                if left and name not in attributes:
                     del m.__dict__[name]
-                else:
+                elif left:
                     m.__dict__[name] = attributes[name]
+
+
+@contextlib.contextmanager
+def _random_states_kept() -> Iterator[None]:
+    """Those of Python and NumPy, from which some models draw masks in training."""
+    numpy = sys.modules.get("numpy")
+    states = random.getstate(), None if numpy is None else numpy.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        if numpy is not None:
+            numpy.random.set_state(states[1])
+
+
+def seed() -> None:
+    """The same random numbers from here on, wherever a model draws them."""
+    torch.default_generator.manual_seed(0)  # not torch.manual_seed, which seeds GPUs that nobody has used yet
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(0)
+    random.seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
 
 
 def functional(module: nn.Module, parameters: Sequence[Tensor]) -> Callable:

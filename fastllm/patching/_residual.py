@@ -56,7 +56,7 @@ def forward(module: nn.Module, found: Residual, *args: Any, **kwargs: Any) -> Te
     branch, residual = reversed(args) if found.first else args
     if found.projection is not None:
         branch = getattr(module, found.projection)(branch)
-    if branch.shape != residual.shape:  # a sum broadcasts
+    if branch.shape != residual.shape or branch.is_nested:  # a sum broadcasts
         return norm(dropout(branch) + residual)
     parameters = (getattr(norm, name) for name in found.parameters)
     return dropout_add_norm(found.kind, branch, residual, dropout.p, dropout.training, *parameters)
@@ -106,6 +106,8 @@ def find(module: nn.Module, only: Residual | None = None) -> Residual:
     outer = size[1] if size else inner
     if outer != weight.numel():
         raise Differs(f"its projection gives {outer} channels, its norm takes {weight.numel()}")
+    if list(module.buffers(recurse=False)):
+        raise Differs("it has buffers, which may change")
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, 5, inner + outer, generator=generator).to(weight.device, weight.dtype)
     own = [name for name, _ in module.named_parameters()]

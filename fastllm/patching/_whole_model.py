@@ -114,8 +114,9 @@ def patch(report: PatchReport, path: str, model: Any, wanted: Callable[[str, str
     """Replaces attention and head of a model of transformers, or reports why not."""
     proof = Proof(model)
     try:
-        _patch_attention(report, path, proof, wanted, verify)
-        _patch_head(report, path, proof, wanted)
+        with _probe.attributes_kept(model):
+            _patch_attention(report, path, proof, wanted, verify)
+            _patch_head(report, path, proof, wanted)
     finally:
         proof.end()
 
@@ -124,7 +125,7 @@ def _patch_attention(
     report: PatchReport, path: str, proof: Proof, wanted: Callable[[str, str], bool], verify: bool
 ) -> None:
     was = f"attention: {proof.model.config._attn_implementation}"
-    if not wanted(path, "attention") or not _attends(proof.model):
+    if not wanted(path, "attention"):
         return
     try:
         reason = _attention.reason_against(proof.model)
@@ -132,7 +133,8 @@ def _patch_attention(
             raise Differs(reason)
         undo, kept = _switched(proof, verify)
     except Differs as differs:
-        report.append(Entry(path, was, reason=str(differs)))
+        if str(differs) != _attention.NOT_INTERFACED or _attends(proof.model):  # some have no attention at all
+            report.append(Entry(path, was, reason=str(differs)))
         return
     report.on_revert(undo)
     report.append(Entry(path, was, "attention", backend("attention", proof.device, proof.dtype)))
@@ -169,13 +171,19 @@ class _Part(NamedTuple):
 
 
 def _part(model: Any) -> _Part:
-    before: dict[str, Tensor | None] = {}
     device, _ = device_and_dtype(model)
-    try:
-        inputs = random_inputs(model, device, lambda tried: before.update(_outputs(model, tried)))
-    except Exception as error:
-        raise Differs(f"it cannot be run on random inputs: {_probe.told(error)}") from error
-    return _Part(model, inputs, before)
+
+    def run(inputs: dict[str, Tensor]) -> None:
+        before.clear()
+        before.update(_outputs(model, inputs))
+
+    before: dict[str, Tensor | None] = {}
+    for padded in (True, False):
+        try:
+            return _Part(model, random_inputs(model, device, run, padded), before)
+        except Exception as failure:
+            error = failure
+    raise Differs(f"it cannot be run on random inputs: {_probe.told(error)}") from error
 
 
 def _attends(model: nn.Module) -> bool:
@@ -192,12 +200,11 @@ def _try_attention(model: Any, verify: bool) -> tuple[Callable[[], None], dict[s
         # A forward without its backward would spoil the next one of a sharded model.
         for inner in [] if _probe.sharded(model) else unreached(model, parts[""].inputs):
             path = paths[id(inner)]
-            if not _attends(inner):  # a vocoder, say
-                continue
             try:
                 parts[path] = _part(inner)
             except Differs as differs:
-                kept[path] = str(differs)
+                if _attends(inner):  # a vocoder does not, say
+                    kept[path] = str(differs)
     undo = _attention.switch(model)
     try:
         if model.config._attn_implementation != _config.NAME:
@@ -206,7 +213,7 @@ def _try_attention(model: Any, verify: bool) -> tuple[Callable[[], None], dict[s
             reason = _reason(part)
             if reason is not None and not path:
                 raise Differs(reason)
-            if reason is not None:
+            if reason is not None and (reason != _attention.NOT_INTERFACED or _attends(part.model)):
                 kept[path] = reason
         for path, reason in kept.items():
             if not _config.keep(model.get_submodule(path), model):
@@ -221,7 +228,7 @@ def _reason(part: _Part) -> str | None:
     """Why its attention cannot be ours, which it is now; None if it can."""
     _, dtype = device_and_dtype(part.model)
     try:
-        with _attention.watched() as calls:
+        with _attention.callers() as calls:
             after = _outputs(part.model, part.inputs)
     except Exception as error:
         return f"it does not run: {_probe.told(error)}"
@@ -229,20 +236,34 @@ def _reason(part: _Part) -> str | None:
 
 
 def _outputs(model: Any, inputs: Any) -> dict[str, Tensor | None]:
-    """Logits or hidden states, and the gradient of a parameter behind the whole model."""
+    """All that the model gives, of the tokens that are not hidden, and the gradient of a parameter behind it."""
     model.eval()
-    torch.manual_seed(0)  # some models draw random numbers in evaluation, too
+    _probe.seed()  # some models draw random numbers in evaluation, too
+    shown = inputs.get("attention_mask")
+    generator = torch.Generator().manual_seed(0)
     with torch.enable_grad(), _probe.grads_kept(model), _probe.attributes_kept(model):
-        output = model(**inputs)
-        out = output["logits"] if "logits" in output else next(v for v in output.values() if isinstance(v, Tensor))
-        cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out.device, out.dtype)
+        given = {
+            name: value
+            for name, value in model(**inputs).items()
+            if isinstance(value, Tensor) and value.is_floating_point() and value.numel()
+        }
+        if shown is not None and "decoder_input_ids" not in inputs:
+            given = {
+                name: value * shown.to(value.device, value.dtype)[..., None]
+                if value.shape[:-1] == shown.shape
+                else value
+                for name, value in given.items()
+            }
+        trained = [value for value in given.values() if value.requires_grad]
+        cotangents = [torch.randn(x.shape, generator=generator).to(x.device, x.dtype) for x in trained]
         if _probe.sharded(model):  # which wants its iteration ended
-            out.backward(cotangent)
+            torch.autograd.backward(trained, cotangents)
             grads = [p.grad for p in model.parameters()]
         else:
             leaf = next((p for p in model.parameters() if p.requires_grad), None)
-            grads = [] if leaf is None else list(torch.autograd.grad(out, leaf, cotangent, allow_unused=True))
-    return {"output": out.detach(), "gradient": next((grad for grad in grads if grad is not None), None)}
+            grads = [] if leaf is None else list(torch.autograd.grad(trained, leaf, cotangents, allow_unused=True))
+    found: dict[str, Tensor | None] = {f"output {name}": value.detach() for name, value in given.items()}
+    return found | {"gradient": next((grad for grad in grads if grad is not None), None)}
 
 
 def _trained(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor | None]:
@@ -265,7 +286,7 @@ def _trained(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor | None]:
     buffers = [(b, b.clone()) for b in model.buffers()]
     model.train()
     try:
-        torch.manual_seed(0)
+        _probe.seed()
         with torch.enable_grad(), _probe.attributes_kept(model):
             loss = model(**given).loss
             grads = torch.autograd.grad(loss, list(chosen.values()), allow_unused=True) if chosen else ()
@@ -288,7 +309,7 @@ def _difference(before: dict[str, Tensor | None], after: dict[str, Tensor | None
         worst, own = difference(a, b)
         eps = torch.finfo(dtype).eps ** (1.0 if dtype == torch.float32 else 1.5)
         if not worst <= 1000 * eps * max(own, 0.1 * largest):
-            what = name if name in ("loss", "output", "gradient") else f"gradient of {name}"
+            what = name if name in ("loss", "gradient") or name.startswith("output ") else f"gradient of {name}"
             return f"the {what} of the whole model differs by {worst:.1e} where the largest is {own:.1e}"
     return None
 

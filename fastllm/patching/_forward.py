@@ -21,7 +21,7 @@ class Proven(NamedTuple):
     """What a replaced module was when it was proven."""
 
     original: Callable | None  # its class's forward, where that is known
-    uncalled: tuple[tuple[nn.Module, str, nn.Module, type], ...]  # modules in it: where, name, module, class
+    uncalled: tuple[tuple[nn.Module | None, str, nn.Module, type], ...]  # in it (None) or deeper: name, module, class
     functions: tuple[tuple[str, Any], ...]  # in its attributes, that it no longer calls
 
 
@@ -86,7 +86,8 @@ def bind(module: nn.Module, run: Callable, *found: Any, uncalled: Iterable[str] 
         uncalled: names of its children, and of functions in its attributes, that `run` does not call but computes.
     """
     named = [(name, getattr(module, name)) for name in uncalled]
-    modules = [(module, name, value, type(value)) for name, value in named if isinstance(value, nn.Module)]
+    modules: list[tuple[nn.Module | None, str, nn.Module, type]] = []
+    modules += [(None, name, value, type(value)) for name, value in named if isinstance(value, nn.Module)]
     for _, _, outer, _ in modules:  # grows meanwhile
         modules += [(outer, name, inner, type(inner)) for name, inner in outer.named_children()]
     functions = tuple((name, value) for name, value in named if callable(value) and not isinstance(value, nn.Module))
@@ -104,7 +105,8 @@ def _as_proven(module: nn.Module, proven: Proven) -> bool:
         _warn(module, "has the forward of another class than when it was patched")
         return False
     for parent, name, child, was in proven.uncalled:
-        if parent._modules.get(name) is not child or type(child) is not was:
+        inside = module if parent is None else parent  # a Sequential may be empty
+        if inside._modules.get(name) is not child or type(child) is not was:
             _warn(module, f"has another {name} than when it was patched")
             return False
         if not untouched(child):  # whoever looks at it, or brings its parameters, wants it called

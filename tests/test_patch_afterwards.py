@@ -403,10 +403,13 @@ class TestTransformers:
             losses[-1].backward()
         torch.testing.assert_close(*losses)
 
-    def test_what_accelerate_unwraps(self):
+    def test_what_accelerate_unwraps(self, request):
         accelerate = pytest.importorskip("accelerate")
+        from accelerate.state import AcceleratorState
         from patch_models import batch, tiny_of
 
+        AcceleratorState._reset_state(reset_partial_state=True)  # another test's, whose precision would stay
+        request.addfinalizer(lambda: AcceleratorState._reset_state(reset_partial_state=True))
         model = tiny_of("llama").train()
         inputs = batch(model)
         expected = model(**inputs).loss

@@ -27,13 +27,14 @@ def vocabulary(model: Any) -> int:
 
 
 def parameters(model: Any) -> set[str]:
-    """What its forward takes; of a wrapper that takes anything, what the model in it does."""
+    """What its forward takes; where that takes anything, what those in the model do, until its main input is named."""
+    main, named = getattr(model, "main_input_name", "input_ids"), set()
     for module in model.modules():
         found = inspect.signature(type(module).forward).parameters.values()
-        named = {p.name for p in found if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)} - {"self"}
-        if named:
-            return named
-    return set()
+        named |= {p.name for p in found if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)} - {"self"}
+        if main in named or not any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in found):
+            break
+    return named
 
 
 def _configurations(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:

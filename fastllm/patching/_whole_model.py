@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import inspect
@@ -166,8 +167,7 @@ class _Part(NamedTuple):
     """A model, or one inside of it that its inputs do not reach, with what it gave before the switch."""
 
     model: Any
-    inputs: dict[str, Tensor]
-    before: dict[str, Tensor | None]
+    trials: list[tuple[dict[str, Tensor], dict[str, Tensor | None]]]  # inputs, without padding and with it, and outputs
 
 
 def _part(model: Any) -> _Part:
@@ -178,12 +178,13 @@ def _part(model: Any) -> _Part:
         before.update(_outputs(model, inputs))
 
     before: dict[str, Tensor | None] = {}
-    for padded in (True, False):
-        try:
-            return _Part(model, random_inputs(model, device, run, padded), before)
-        except Exception as failure:
-            error = failure
-    raise Differs(f"it cannot be run on random inputs: {_probe.told(error)}") from error
+    try:
+        trials = [(random_inputs(model, device, run), dict(before))]
+    except Exception as error:
+        raise Differs(f"it cannot be run on random inputs: {_probe.told(error)}") from error
+    with contextlib.suppress(Exception):  # some take a mask and cannot do with it
+        trials.append((random_inputs(model, device, run, padded=True), dict(before)))
+    return _Part(model, trials)
 
 
 def _attends(model: nn.Module) -> bool:
@@ -198,7 +199,7 @@ def _try_attention(model: Any, verify: bool) -> tuple[Callable[[], None], dict[s
         parts[""] = _part(model)
         paths = {id(module): path for path, module in model.named_modules()}
         # A forward without its backward would spoil the next one of a sharded model.
-        for inner in [] if _probe.sharded(model) else unreached(model, parts[""].inputs):
+        for inner in [] if _probe.sharded(model) else unreached(model, parts[""].trials[0][0]):
             path = paths[id(inner)]
             try:
                 parts[path] = _part(inner)
@@ -227,12 +228,16 @@ def _try_attention(model: Any, verify: bool) -> tuple[Callable[[], None], dict[s
 def _reason(part: _Part) -> str | None:
     """Why its attention cannot be ours, which it is now; None if it can."""
     _, dtype = device_and_dtype(part.model)
-    try:
-        with _attention.callers() as calls:
-            after = _outputs(part.model, part.inputs)
-    except Exception as error:
-        return f"it does not run: {_probe.told(error)}"
-    return _difference(part.before, after, dtype) or (None if calls else _attention.NOT_INTERFACED)
+    for inputs, before in part.trials:
+        try:
+            with _attention.callers() as calls:
+                after = _outputs(part.model, inputs)
+        except Exception as error:
+            return f"it does not run: {_probe.told(error)}"
+        reason = _difference(before, after, dtype) or (None if calls else _attention.NOT_INTERFACED)
+        if reason is not None:
+            return reason
+    return None
 
 
 def _outputs(model: Any, inputs: Any) -> dict[str, Tensor | None]:

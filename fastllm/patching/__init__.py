@@ -151,7 +151,7 @@ def _patch_modules(report: PatchReport, model: nn.Module, wanted: _Choice) -> No
 def _found(kind: ModuleType, module: nn.Module) -> Any:
     try:
         made = _probe.trial(module)
-        short = any(p.dtype in (torch.bfloat16, torch.float16) for p in made.parameters())
+        short = any(p.dtype in _probe.SHORT for p in made.parameters())
         # What it is shows in float32 only: to 16 bits, one activation looks much like another.
         known = kind.find(copy.deepcopy(made).float()) if short else None
         return kind.find(made, known)

@@ -107,8 +107,7 @@ def keep(part: nn.Module, whole: nn.Module) -> bool:
     configs = _patched(part)
     if any(id(config) in others for config in configs):
         return False
-    for config in configs:
-        vars(config)[CHOICE] = type(config).attention_before
+    _give_back(configs)
     return True
 
 
@@ -118,12 +117,17 @@ def _patched(model: nn.Module) -> list[Any]:
     return [config for config in found.values() if vars(config).get(CHOICE) == NAME]
 
 
+def _give_back(configs: list[Any]) -> None:
+    """These name the attention that they named before the patch."""
+    for config in configs:
+        vars(config)[CHOICE] = type(config).attention_before
+
+
 def init_continuous_batching(model: Any, *args: Any, **kwargs: Any) -> Any:
     """transformers' engine of `generate_batch` knows by name which attentions it can page: the model has its own until
     the engine stops."""
     patched = _patched(model)
-    for config in patched:
-        vars(config)[CHOICE] = type(config).attention_before
+    _give_back(patched)
     try:
         manager = type(model).init_continuous_batching(model, *args, **kwargs)
     except BaseException:

@@ -84,8 +84,7 @@ def find(module: nn.Module, only: Gated | None = None) -> Gated:
             raise Differs(f"it drops out, with p = {child.p}")
     if list(module.parameters(recurse=False)):
         raise Differs("it has parameters beside its projections")
-    if list(module.buffers(recurse=False)):
-        raise Differs("it has buffers, which may change")
+    _probe.refuse_buffers(module)
     layouts = _layouts(module)
     gate = getattr(module, layouts[0][0])
     parameter = next(gate.parameters(), None)

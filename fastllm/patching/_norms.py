@@ -40,13 +40,10 @@ def forward(module: nn.Module, kind: Norm, names: tuple[str, ...], *args: Any, *
         return type(module).forward(module, *args, **kwargs)
     (x,) = (*args, *kwargs.values())
     parameters = [getattr(module, name) for name in names]
-    tried = x.dtype == parameters[0].dtype or (parameters[0].dtype == torch.float32 and x.dtype in _SHORT)
+    tried = x.dtype == parameters[0].dtype or (parameters[0].dtype == torch.float32 and x.dtype in _probe.SHORT)
     if x.is_nested or not tried:  # some give the dtype of their weight
         return type(module).forward(module, x)
     return norm(kind, x, *parameters)
-
-
-_SHORT = (torch.bfloat16, torch.float16)
 
 
 def matches(module: nn.Module) -> bool:
@@ -86,8 +83,7 @@ def find(module: nn.Module, only: tuple | None = None) -> tuple[Norm, tuple[str,
         raise Differs(f"it normalizes {weight.dim()} dimensions")
     if weight.numel() == 1:
         raise Differs("it has a single weight, for any number of channels")
-    if list(module.buffers(recurse=False)):
-        raise Differs("it has buffers, which may change")
+    _probe.refuse_buffers(module)
     epsilons = _eps(module) or [torch.finfo(torch.float32).eps]
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, 5, weight.numel(), generator=generator)

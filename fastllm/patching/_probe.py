@@ -34,6 +34,8 @@ SAME = 32
 SUMMANDS = 64
 """Of products; with more of them, roundings grow as their square root."""
 
+SHORT = (torch.bfloat16, torch.float16)
+"""In which one function looks much like another: what a module computes is proven in float32."""
 
 SAMPLED = 2**18
 """Elements of a gradient that are compared."""
@@ -53,6 +55,12 @@ class Differs(Exception):
 def told(error: Exception) -> str:
     """An error in few words, for a report."""
     return f"{type(error).__name__}: {str(error)[:100]}"
+
+
+def refuse_buffers(module: nn.Module) -> None:
+    """Raises Differs if it has any of its own: a trial sees what they are, not what they become."""
+    if list(module.buffers(recurse=False)):
+        raise Differs("it has buffers, which may change")
 
 
 def signature(module: nn.Module) -> tuple:
@@ -305,7 +313,7 @@ def check(
         if all(map(torch.equal, ours, theirs)):
             continue
         if wide is None:  # once for both modes
-            widest = torch.float32 if torch.finfo(theirs[0].dtype).bits == 16 else torch.float64
+            widest = torch.float32 if theirs[0].dtype in SHORT else torch.float64
             wide = [p.detach().to(widest).requires_grad_() for p in module.parameters()]
         trained = [w for w, p in zip(wide, module.parameters(), strict=True) if p.requires_grad]
         with backends.use_backend("reference"):
@@ -325,7 +333,7 @@ def judge(what: str, mine: Tensor, stock: Tensor, true: Tensor, rounding: float,
         cancelling: as `fastllm.testing.rounding_floor`.
     """
     missed, stocks = (float((x.double() - true).abs().max()) for x in (mine, stock))
-    short = torch.finfo(stock.dtype).bits == 16
+    short = stock.dtype in SHORT
     if not stocks <= SAME * rounding and not (short and math.isfinite(stocks)):
         largest = float(true.abs().max())
         raise Differs(f"{what} differs by {stocks:.1e} where the largest is {largest:.1e}", stocks / (largest or 1.0))

@@ -106,8 +106,7 @@ def find(module: nn.Module, only: Residual | None = None) -> Residual:
     outer = size[1] if size else inner
     if outer != weight.numel():
         raise Differs(f"its projection gives {outer} channels, its norm takes {weight.numel()}")
-    if list(module.buffers(recurse=False)):
-        raise Differs("it has buffers, which may change")
+    _probe.refuse_buffers(module)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, 5, inner + outer, generator=generator).to(weight.device, weight.dtype)
     own = [name for name, _ in module.named_parameters()]

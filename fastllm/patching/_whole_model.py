@@ -23,8 +23,6 @@ from fastllm.testing import sample
 SMALL = 2**14
 """Elements of parameters whose gradients are compared; of the others one is, and the head's."""
 
-_SHORT = (torch.bfloat16, torch.float16)
-
 
 def of_transformers(model: nn.Module) -> list[tuple[str, Any]]:
     """The outermost models of transformers in a module, which may be one itself, with their paths."""
@@ -71,7 +69,7 @@ class Proof:
         parameters = list(self.model.parameters())
         if any(p.is_meta for p in parameters):
             return self.model
-        if not self.inference and not any(p.dtype in _SHORT for p in parameters):
+        if not self.inference and not any(p.dtype in _probe.SHORT for p in parameters):
             return self.model
         if self._wide is None:
             if any(_probe.sharded(m) for m in self.model.modules()):

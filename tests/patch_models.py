@@ -248,8 +248,11 @@ class Result:
     failed: str = ""
 
 
-def sweep(step: int = 1) -> list[Result]:
-    """Every type in `registries`, or one in `step`: built, run, patched, run, reverted, run; so in bfloat16."""
+def sweep(step: int = 1, seconds: int = 8) -> list[Result]:
+    """Every type in `registries`, or one in `step`: built, run, patched, run, reverted, run; so in bfloat16.
+
+    What takes longer than `seconds` to build and run is not built.
+    """
     results: list[Result] = []
     seen: set[type] = set()
     for task, mapping in registries().items():
@@ -260,13 +263,17 @@ def sweep(step: int = 1) -> list[Result]:
             seen.add(model_class)
             if len(seen) % step:
                 continue
-            results.append(_check(Result(task, config_class.model_type), model_class, config_class))
+            result = Result(task, config_class.model_type)
+            _check(result, model_class, config_class, seconds)
+            outcome = f"FAILED: {result.failed}" if result.failed else "not built" if result.unbuilt else "the same"
+            print(f"{len(seen)} {task} {result.name}: {outcome}", flush=True)
+            results.append(result)
     return results
 
 
-def _check(result: Result, model_class: type, config_class: type) -> Result:
+def _check(result: Result, model_class: type, config_class: type, seconds: int) -> Result:
     try:
-        with limit(8):
+        with limit(seconds):
             model = tiny(model_class, config_class)
             inputs = [batch(model), batch(model, padded=True)]
             before = [run(model, b, train) for b in inputs for train in (False, True)]
@@ -374,4 +381,7 @@ if __name__ == "__main__":
 
     logging.set_verbosity_error()
     warnings.simplefilter("ignore")
-    Path(sys.argv[1]).write_text(table(sweep()))
+    results = sweep(seconds=30)
+    Path(sys.argv[1]).write_text(table(results))
+    if failed := [f"{r.task} {r.name}: {r.failed}" for r in results if r.failed]:
+        sys.exit("\n".join(failed))

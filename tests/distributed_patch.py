@@ -74,12 +74,15 @@ def tensor_parallel() -> None:
         ops.swiglu(cut, cut)
 
 
-def main(kind: str, name: str, rank: int, file: str) -> None:
+def main(kind: str, rank: int, file: str) -> None:
+    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     if kind == "tensor-parallel":
         tensor_parallel()
     else:
-        data_parallel(kind, name, rank)
+        for name in ("gpt2", "llama", "bert"):
+            print(name, file=sys.stderr)
+            data_parallel(kind, name, rank)
     dist.barrier()  # a rank that leaves while the other still talks to it can abort
     dist.destroy_process_group()
 
@@ -115,4 +118,4 @@ def data_parallel(kind: str, name: str, rank: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4])
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])

@@ -521,16 +521,20 @@ class TestTransformers:
 
     @pytest.mark.filterwarnings("ignore")
     def test_continuous_batching(self):
+        import transformers
         from patch_models import tiny_of
-        from transformers import GenerationConfig
 
         model = tiny_of("llama").eval()
-        config = GenerationConfig(
-            max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=-1, num_blocks=8, max_batch_tokens=64
+        small = {"num_blocks": 8, "max_batch_tokens": 64}  # as it would otherwise fill the memory
+        config = transformers.GenerationConfig(
+            max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=-1, **small
         )
+        given = {"generation_config": config}
+        if hasattr(transformers, "ContinuousBatchingConfig"):  # which took over from the other
+            given["continuous_batching_config"] = transformers.ContinuousBatchingConfig(**small)
 
         def tokens():
-            out = model.generate_batch(inputs=[[15, 16, 17, 18], [19, 18]], generation_config=config)
+            out = model.generate_batch(inputs=[[15, 16, 17, 18], [19, 18]], **given)
             return [x.generated_tokens for x in out.values()]
 
         expected = tokens()

@@ -164,9 +164,9 @@ def test_the_mask_is_not_lost():
 
 @pytest.mark.slow
 def test_types_of_transformers():
-    """One in four; `make models` tries all, and writes docs/models.md."""
-    results = sweep(4)
+    """One in seven; `make models` tries all, and writes docs/models.md."""
+    results = sweep(7)
     failed = [f"{r.task} {r.name}: {r.failed}" for r in results if r.failed]
     assert not failed, "\n".join(failed)
-    assert sum(bool(r.replaced) for r in results) >= 40
+    assert sum(bool(r.replaced) for r in results) >= 25
     assert all(r.replaced or r.left or r.unbuilt for r in results), "nothing replaced, and the report does not say why"

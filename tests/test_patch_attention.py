@@ -234,3 +234,19 @@ def test_compiled(calls):
         after = compiled(input_ids=ids, attention_mask=mask, use_cache=False).logits
     assert not calls
     torch.testing.assert_close(after[mask.bool()], before[mask.bool()], rtol=1e-4, atol=1e-5)
+
+
+def test_parts_that_have_a_copy_of_the_configuration(monkeypatch):
+    """transformers 5.17 sets the attention of none of them."""
+    model = tiny_of("t5")
+    parts = [model, model.encoder, model.decoder]
+    assert len({id(part.config) for part in parts}) == 3
+
+    def alone(self, name):
+        self.config._attn_implementation_internal = name
+
+    monkeypatch.setattr(type(model), "set_attn_implementation", alone)
+    with fastllm.patched(model, only="attention") as report:
+        assert report.replaced, report
+        assert [part.config._attn_implementation for part in parts] == ["fastllm"] * 3
+    assert [part.config._attn_implementation for part in parts] == ["sdpa"] * 3

@@ -310,6 +310,10 @@ def switch(model: Any) -> Callable[[], None]:
 
     try:
         model.set_attn_implementation(NAME)
+        for part in model.modules():  # transformers 5.17 leaves out those that have a copy of the model's configuration
+            config: Any = getattr(part, "config", None) if hasattr(type(part), "set_attn_implementation") else None
+            if type(config) is type(model.config) and config._attn_implementation != NAME:
+                part.set_attn_implementation(NAME)
     except Exception as error:
         undo()
         raise Differs(f"its attention cannot be set: {told(error)}") from error

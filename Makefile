@@ -21,7 +21,7 @@ COMPILED := setup.py pyproject.toml $(shell find csrc -type f)
 help:
 	@echo "make demo    train a small GPT on Python's help texts and compare its step with PyTorch's (several minutes)"
 	@echo "make setup   what the others do first: .venv, with everything built and installed"
-	@echo "make test    the test suite; with setting up, ten to thirteen minutes on two cores"
+	@echo "make test    the test suite; with setting up, a quarter of an hour on two cores"
 	@echo "make test-all that, and the tests that take long (test-slow)"
 	@echo "make fuzz    2,000 random sequences of what happens to patched models (the tests have 100); half an hour"
 	@echo "make models  fastllm.patch in each language model of transformers; writes docs/models.md; a quarter of an hour"

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastllm
+from fastllm.backends import FallbackWarning
 from fastllm.patching import PatchError, compare, patch, patched
 
 
@@ -413,6 +414,35 @@ def test_compare(model):
     assert any("mlp" in path for path in comparison.layers)
     assert "loss" in str(comparison)
     assert not any("forward" in m.__dict__ for m in model.modules())
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_compare_takes_the_loss_that_is_patched(name):
+    pytest.importorskip("transformers")
+    from patch_models import batch, tiny_of
+
+    model = tiny_of(name).train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FallbackWarning)  # a loss of logits that somebody asked for
+        comparison = compare(model, batch(model))
+    assert comparison.loss is not None
+    assert comparison.worst < 1e-4
+    assert comparison.layers
+    assert not comparison.random
+
+
+def test_compare_says_when_random_numbers_differ():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.dropout = RMS(), nn.Dropout(0.5)
+
+        def forward(self, x):
+            return self.dropout(self.norm(x))
+
+    model = Model()
+    assert "random numbers" in str(compare(model, {"x": torch.randn(3, 16)}))
+    assert "random numbers" not in str(compare(model.eval(), {"x": torch.randn(3, 16)}))
 
 
 def test_compare_refuses_what_it_cannot_compare(model):

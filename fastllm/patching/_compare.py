@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastllm.patching._forward import ours
+from fastllm.patching._own_loss import Logits
 
 
 @dataclass
@@ -21,15 +22,19 @@ class Comparison:
         loss, logits: None where the model gave none.
         gradients: by parameter name.
         layers: outputs of modules by path, in the order that they ran in.
+        random: whether the model drew random numbers, as dropout does. Fused and unfused ops draw others.
     """
 
     loss: tuple[float, float] | None = None
     logits: tuple[float, float] | None = None
     gradients: dict[str, tuple[float, float]] = field(default_factory=dict)
     layers: dict[str, tuple[float, float]] = field(default_factory=dict)
+    random: bool = False
 
     def __str__(self) -> str:
-        title = f"largest difference, of the largest value; at most {self.worst:.1e} of it"
+        title = f"largest difference of largest value; the worst, as a part of it: {self.worst:.1e}"
+        if self.random:
+            title += "\nThe model drew random numbers, which differ: compare in evaluation mode, or without dropout."
         rows = [("loss", self.loss), ("logits", self.logits)]
         rows += [(f"layer {path}", value) for path, value in self.layers.items()]
         rows += [(f"gradient {name}", value) for name, value in self.gradients.items()]
@@ -57,6 +62,11 @@ def difference(a: Tensor, b: Tensor) -> tuple[float, float]:
     return float((a - b).abs().max()), float(a.abs().max())
 
 
+def _random_states() -> list[Tensor]:
+    """Of the generators that torch draws from: the CPU's, and the GPU's where one is in use."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])]
+
+
 class _Run:
     """One forward and backward, with the outputs of the model's layers."""
 
@@ -64,11 +74,13 @@ class _Run:
         self.layers: dict[str, Tensor] = {}
         handles = [m.register_forward_hook(self._take(p)) for p, m in model.named_modules() if p in paths]
         torch.manual_seed(seed)
+        states = _random_states()
         try:
             self.output = model(**batch)
         finally:
             for handle in handles:
                 handle.remove()
+        self.random = any(not torch.equal(a, b) for a, b in zip(states, _random_states(), strict=True))
         if isinstance(self.output, Mapping):
             self.loss, self.logits = self.output.get("loss"), self.output.get("logits")
         else:  # a loss is a single number, whatever it is called
@@ -85,7 +97,7 @@ class _Run:
     def _take(self, path: str):
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             first = output[0] if isinstance(output, tuple) and output else output
-            if isinstance(first, Tensor) and not first.is_meta:  # logits that were only promised
+            if isinstance(first, Tensor) and not isinstance(first, Logits) and not first.is_meta:  # promised logits
                 self.layers[path] = first.detach()
 
         return hook
@@ -97,7 +109,8 @@ def compare(model: nn.Module, batch: Mapping[str, Any], *, seed: int = 0, **patc
     Args:
         model: not patched.
         batch: its keyword arguments, with labels for the loss and the gradients.
-        seed: of both runs' dropout; the masks of fused and unfused ops differ, so compare in eval mode or without it.
+        seed: of both runs' dropout; the masks of fused and unfused ops differ, so compare in eval mode or without it. A
+            comparison of a model that drew random numbers says so.
         **patch: as `patch` takes them.
 
     Returns:
@@ -123,7 +136,7 @@ def compare(model: nn.Module, batch: Mapping[str, Any], *, seed: int = 0, **patc
     before = _Run(model, batch, paths, seed)
     with patched(model, **patch):
         after = _Run(model, batch, paths, seed)
-    result = Comparison()
+    result = Comparison(random=before.random)
     if isinstance(before.loss, Tensor) and isinstance(after.loss, Tensor):
         result.loss = difference(before.loss, after.loss)
     if isinstance(before.logits, Tensor) and isinstance(after.logits, Tensor):

@@ -66,6 +66,8 @@ class Logits(Tensor):
             if found is not NotImplemented:
                 return found
         name = getattr(func, "__name__", str(func))
+        if name == "__get__":  # of a property
+            name = getattr(func.__self__, "__name__", name)
         args, kwargs = tree_map_only(cls, lambda promise: promise._keep(name), (args, kwargs))
         return func(*args, **kwargs)
 

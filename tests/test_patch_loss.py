@@ -360,6 +360,7 @@ def test_a_loss_that_differs_in_training_is_refused_in_every_dtype(name, dtype):
     model.__class__ = type("Penalized", (type(model),), {"forward": forward})
     (entry,) = patch(model, only="linear_cross_entropy")
     assert entry.now is None, entry
+    assert name == "llama" or entry.reason == "its loss uses its logits in logsumexp"
 
 
 class Holder(nn.Module):

@@ -302,14 +302,16 @@ def _trained(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor | None]:
 
 def _difference(before: dict[str, Tensor | None], after: dict[str, Tensor | None], dtype: torch.dtype) -> str | None:
     """What differs by more than roundings, of a whole model; gradients by those of the largest of them."""
-    largest = max((difference(x, x)[1] for name, x in before.items() if name != "loss" and x is not None), default=0.0)
+    pairs = [(name, a, after[name]) for name, a in before.items() if a is not None]
+    found = {name: difference(a, a if b is None else b) for name, a, b in pairs}
+    largest = max((own for name, (_, own) in found.items() if name != "loss"), default=0.0)
     for name, a in before.items():
         b = after[name]
         if a is None or b is None:
             if (a is None) != (b is None):
                 return f"the gradient of {name} is {'missing' if b is None else 'new'}"
             continue
-        worst, own = difference(a, b)
+        worst, own = found[name]
         eps = torch.finfo(dtype).eps ** (1.0 if dtype == torch.float32 else 1.5)
         if not worst <= 1000 * eps * max(own, 0.1 * largest):
             what = name if name in ("loss", "gradient") or name.startswith("output ") else f"gradient of {name}"

@@ -5,42 +5,59 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastllm.kernels._attention_tiles import _kept, _load, _logits, _visible
+from fastllm.kernels._attention_tiles import (
+    _kept,
+    _key_span,
+    _load,
+    _logits,
+    _offset,
+    _program,
+    _query_span,
+    _scratch_row,
+    _visible,
+)
 
 
 @triton.jit
 def _attention_delta_kernel(
-    o, do, dlse, delta, stride_ob, stride_oh, stride_os, stride_dob, stride_doh, stride_dos, stride_dod,
-    stride_dlb, stride_dlh, stride_dls, stride_lb, stride_lh, heads, seq_q, blocks,
-    DV: tl.constexpr, DLSE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
+    o, do, lse, dlse, normals, deltas, tiles, stride_ob, stride_oh, stride_os, stride_dob, stride_doh, stride_dos,
+    stride_dod, stride_dlb, stride_dlh, stride_dls, stride_lseb, stride_lseh, stride_lb, stride_lh,
+    heads, seq_q, seq_k, blocks,
+    DV: tl.constexpr, DLSE: tl.constexpr, VARLEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
-    head = (pid // blocks % heads).to(tl.int64)
-    batch = (pid // blocks // heads).to(tl.int64)
-    rows = pid % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
-    i = rows[:, None].to(tl.int64)
+    """What the backward needs of each row: `deltas`, and `normals`, lse in base 2."""
+    batch, head, block, q_start, _, seq_q, _ = _program(heads, seq_q, seq_k, blocks, tiles, False, VARLEN)
+    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    i = (q_start + rows)[:, None]
     d = tl.arange(0, BLOCK_DV)[None, :]
-    inside = (i < seq_q) & (d < DV)
+    inside = (rows < seq_q)[:, None] & (d < DV)
     out = tl.load(o + batch * stride_ob + head * stride_oh + i * stride_os + d, mask=inside, other=0.0)
     grad = tl.load(do + batch * stride_dob + head * stride_doh + i * stride_dos + d.to(tl.int64) * stride_dod,
                    mask=inside, other=0.0)  # fmt: skip
-    result = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
+    delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
+    i = q_start + rows
+    inside = rows < seq_q
     if DLSE:
-        result -= tl.load(dlse + batch * stride_dlb + head * stride_dlh + rows.to(tl.int64) * stride_dls,
-                          mask=rows < seq_q, other=0.0).to(tl.float32)  # fmt: skip
-    tl.store(delta + batch * stride_lb + head * stride_lh + rows, result, mask=rows < seq_q)
+        delta -= tl.load(dlse + batch * stride_dlb + head * stride_dlh + i * stride_dls, mask=inside,
+                         other=0.0).to(tl.float32)  # fmt: skip
+    normal = tl.load(lse + batch * stride_lseb + head * stride_lseh + i, mask=inside, other=0.0)
+    # A row without keys has lse = -inf: +inf makes its P zero.
+    normal = tl.where(normal == float("-inf"), float("inf"), normal * 1.4426950408889634)
+    at = batch * stride_lb + head * stride_lh + _scratch_row(batch, q_start, VARLEN) + rows
+    tl.store(normals + at, normal, mask=inside)
+    tl.store(deltas + at, delta, mask=inside)
 
 
 @triton.jit
 def _dkdv_tiles(
-    dk, dv, key, value, q, do, lse, delta, mask, slopes, lo, tiles, border, skip, j, seq_q, seq_k, diagonal, seed,
+    dk, dv, key, value, q, do, normals, deltas, mask, slopes, lo, tiles, border, skip, j, seq_q, seq_k, diagonal, seed,
     first_head, first_row, group, stride_qh, stride_qs, stride_qd, stride_doh, stride_dos, stride_dod, stride_lh,
     stride_mh, stride_mi, stride_mj, stride_slope_h, window_left, window_right,
     scale_log2, cap_in, cap_out, threshold, dropout_scale,
     D: tl.constexpr, DV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, MASK: tl.constexpr,
     ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, GRAD_K: tl.constexpr, GRAD_V: tl.constexpr,
-    EDGE: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    GRAD_K: tl.constexpr, GRAD_V: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Adds to dk (without its scale) and dv what `tiles` blocks of queries from `lo` on give, of each of the heads.
 
@@ -50,8 +67,8 @@ def _dkdv_tiles(
     m = tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)[None, :]
     d_v = tl.arange(0, BLOCK_DV)[None, :]
-    q_tile = m[:, None].to(tl.int64) * stride_qs + d.to(tl.int64) * stride_qd
-    do_tile = m[:, None].to(tl.int64) * stride_dos + d_v.to(tl.int64) * stride_dod
+    q_tile = _offset(m[:, None], stride_qs, WIDE) + _offset(d, stride_qd, WIDE)
+    do_tile = _offset(m[:, None], stride_dos, WIDE) + _offset(d_v, stride_dod, WIDE)
     for step in range(group * tiles):
         member = step // tiles
         head = first_head + member
@@ -65,11 +82,9 @@ def _dkdv_tiles(
         inside = rows[:, None] < seq_q
         query = _load(q + head * stride_qh + start.to(tl.int64) * stride_qs + q_tile, inside, d, D, BLOCK_D, EDGE)
         if EDGE:
-            normal = tl.load(lse + head * stride_lh + rows, mask=rows < seq_q, other=float("-inf"))
+            normal = tl.load(normals + head * stride_lh + rows, mask=rows < seq_q, other=float("inf"))
         else:
-            normal = tl.load(lse + head * stride_lh + rows)
-        # A row without keys has lse = -inf: +inf makes its P zero.
-        normal = tl.where(normal == float("-inf"), float("inf"), normal * 1.4426950408889634)
+            normal = tl.load(normals + head * stride_lh + rows)
         t = tl.dot(key, tl.trans(query), input_precision=PRECISION)
         tanh = t
         if PLAIN:
@@ -98,10 +113,10 @@ def _dkdv_tiles(
             if DROPOUT:
                 dp = tl.where(kept, dp * dropout_scale, 0.0)
             if EDGE:
-                correction = tl.load(delta + head * stride_lh + rows, mask=rows < seq_q, other=0.0)
+                delta = tl.load(deltas + head * stride_lh + rows, mask=rows < seq_q, other=0.0)
             else:
-                correction = tl.load(delta + head * stride_lh + rows)
-            ds = p * (dp - correction[None, :])
+                delta = tl.load(deltas + head * stride_lh + rows)
+            ds = p * (dp - delta[None, :])
             if SOFTCAP:
                 ds = ds * (1 - tanh * tanh)
             dk = tl.dot(ds.to(query.dtype), query, dk, input_precision=PRECISION)
@@ -110,7 +125,7 @@ def _dkdv_tiles(
 
 @triton.jit
 def _attention_dkdv_kernel(
-    q, k, v, do, lse, delta, dk, dv, mask, slopes, seeds, cu_q, cu_k, tiles,
+    q, k, v, do, normals, deltas, dk, dv, mask, slopes, seeds, tiles,
     stride_qb, stride_qh, stride_qs, stride_qd, stride_kb, stride_kh, stride_ks, stride_kd,
     stride_vb, stride_vh, stride_vs, stride_vd, stride_dob, stride_doh, stride_dos, stride_dod,
     stride_dkb, stride_dkh, stride_dks, stride_dvb, stride_dvh, stride_dvs, stride_lb, stride_lh,
@@ -119,64 +134,31 @@ def _attention_dkdv_kernel(
     scale, scale_log2, cap_in, cap_out, threshold, dropout_scale,
     D: tl.constexpr, DV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr,
     MASK: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
-    VARLEN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    VARLEN: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, GRAD_K: tl.constexpr, GRAD_V: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
-    kv_heads = heads // group
-    if VARLEN:
-        kv_head = (pid % kv_heads).to(tl.int64)
-        batch = tl.load(tiles + 2 * (pid // kv_heads)).to(tl.int64)
-        block = tl.load(tiles + 2 * (pid // kv_heads) + 1)
-        if batch < 0:
-            return
-        q_start = tl.load(cu_q + batch).to(tl.int64)
-        k_start = tl.load(cu_k + batch).to(tl.int64)
-        seq_q = (tl.load(cu_q + batch + 1) - q_start).to(tl.int32)
-        seq_k = (tl.load(cu_k + batch + 1) - k_start).to(tl.int32)
-        q += q_start * stride_qs
-        k += k_start * stride_ks
-        v += k_start * stride_vs
-        do += q_start * stride_dos
-        dk += k_start * stride_dks
-        dv += k_start * stride_dvs
-        lse += q_start
-        delta += q_start
-    else:
-        kv_head = (pid // blocks % kv_heads).to(tl.int64)
-        batch = (pid // blocks // kv_heads).to(tl.int64)
-        block = pid % blocks
-        q += batch * stride_qb
-        k += batch * stride_kb
-        v += batch * stride_vb
-        do += batch * stride_dob
-        dk += batch * stride_dkb
-        dv += batch * stride_dvb
-        lse += batch * stride_lb
-        delta += batch * stride_lb
-    k += kv_head * stride_kh
-    v += kv_head * stride_vh
+    batch, kv_head, block, q_start, k_start, seq_q, seq_k = _program(
+        heads // group, seq_q, seq_k, blocks, tiles, False, VARLEN
+    )
+    q += batch * stride_qb + q_start * stride_qs
+    do += batch * stride_dob + q_start * stride_dos
+    k += batch * stride_kb + kv_head * stride_kh + k_start * stride_ks
+    v += batch * stride_vb + kv_head * stride_vh + k_start * stride_vs
+    dk += batch * stride_dkb + kv_head * stride_dkh + k_start * stride_dks
+    dv += batch * stride_dvb + kv_head * stride_dvh + k_start * stride_dvs
+    at = batch * stride_lb + _scratch_row(batch, q_start, VARLEN)
+    normals += at
+    deltas += at
     diagonal = seq_k - seq_q if BOTTOM_RIGHT else 0
     seed = 0
     if DROPOUT:
         seed = tl.load(seeds)
 
     first = block * BLOCK_N
-    last = tl.minimum(first + BLOCK_N, seq_k) - 1
     j = (first + tl.arange(0, BLOCK_N))[:, None]
-    # Queries [lo, hi) hold all that see these keys, [full_lo, full_hi) those that see every one of them.
-    lo = 0
-    full_lo = 0
-    hi = seq_q
-    full_hi = seq_q
-    if RIGHT:
-        lo = tl.maximum(first - diagonal - window_right, 0) // BLOCK_M * BLOCK_M
-        full_lo = (tl.maximum(last - diagonal - window_right, 0) + BLOCK_M - 1) // BLOCK_M * BLOCK_M
-    if LEFT:
-        hi = tl.maximum(tl.minimum(hi, last - diagonal + window_left + 1), 0)
-        full_hi = tl.maximum(tl.minimum(hi, first - diagonal + window_left + 1), 0)
-    full_hi = tl.maximum(full_hi // BLOCK_M * BLOCK_M, lo)
-    full_lo = tl.minimum(full_lo, full_hi)
+    lo, hi, full_lo, full_hi = _query_span(
+        first, seq_q, seq_k, diagonal, window_left, window_right, LEFT, RIGHT, BLOCK_M, BLOCK_N
+    )
     skip = full_hi - full_lo
 
     d = tl.arange(0, BLOCK_D)[None, :]
@@ -192,21 +174,19 @@ def _attention_dkdv_kernel(
     if MASK != 0:
         mask += batch * stride_mb
     grad_k, grad_v = _dkdv_tiles(
-        grad_k, grad_v, key, value, q, do, lse, delta, mask, slopes, full_lo, skip // BLOCK_M, 0, 0,
+        grad_k, grad_v, key, value, q, do, normals, deltas, mask, slopes, full_lo, skip // BLOCK_M, 0, 0,
         j, seq_q, seq_k, diagonal, seed, kv_head * group, row, group, stride_qh, stride_qs, stride_qd, stride_doh,
         stride_dos, stride_dod, stride_lh, stride_mh, stride_mi, stride_mj, stride_slope_h, window_left, window_right,
         scale_log2, cap_in, cap_out, threshold, dropout_scale, D, DV, LEFT, RIGHT, MASK, ALIBI, SOFTCAP, DROPOUT,
-        PRECISION, BLOCK_M, BLOCK_D, BLOCK_DV, GRAD_K, GRAD_V, False,
+        PRECISION, WIDE, BLOCK_M, BLOCK_D, BLOCK_DV, GRAD_K, GRAD_V, False,
     )  # fmt: skip
     grad_k, grad_v = _dkdv_tiles(
-        grad_k, grad_v, key, value, q, do, lse, delta, mask, slopes, lo, edge_tiles, full_lo, skip, j, seq_q,
+        grad_k, grad_v, key, value, q, do, normals, deltas, mask, slopes, lo, edge_tiles, full_lo, skip, j, seq_q,
         seq_k, diagonal, seed, kv_head * group, row, group, stride_qh, stride_qs, stride_qd, stride_doh,
         stride_dos, stride_dod, stride_lh, stride_mh, stride_mi, stride_mj, stride_slope_h, window_left, window_right,
         scale_log2, cap_in, cap_out, threshold, dropout_scale, D, DV, LEFT, RIGHT, MASK, ALIBI, SOFTCAP, DROPOUT,
-        PRECISION, BLOCK_M, BLOCK_D, BLOCK_DV, GRAD_K, GRAD_V, True,
+        PRECISION, WIDE, BLOCK_M, BLOCK_D, BLOCK_DV, GRAD_K, GRAD_V, True,
     )  # fmt: skip
-    dk += kv_head * stride_dkh
-    dv += kv_head * stride_dvh
     if GRAD_K:
         tl.store(dk + j.to(tl.int64) * stride_dks + d, (grad_k * scale).to(dk.dtype.element_ty),
                  mask=(j < seq_k) & (d < D))  # fmt: skip
@@ -216,20 +196,20 @@ def _attention_dkdv_kernel(
 
 @triton.jit
 def _dq_tiles(
-    dq, query, grad, normal, correction, k, v, mask, lo, hi, border, skip, i, position, seq_q, seq_k, slope, seed, row,
+    dq, query, grad, normal, delta, k, v, mask, lo, hi, border, skip, i, position, seq_q, seq_k, slope, seed, row,
     stride_ks, stride_kd, stride_vs, stride_vd, stride_mi, stride_mj, window_left, window_right,
     scale_log2, cap_in, cap_out, threshold, dropout_scale,
     D: tl.constexpr, DV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, MASK: tl.constexpr,
     ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, EDGE: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Adds what the keys [lo, hi) give to dq (without its scale)."""
     PLAIN: tl.constexpr = not (SOFTCAP or ALIBI or MASK != 0)
     columns = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)[None, :]
     d_v = tl.arange(0, BLOCK_DV)[None, :]
-    k_tile = columns[:, None].to(tl.int64) * stride_ks + d.to(tl.int64) * stride_kd
-    v_tile = columns[:, None].to(tl.int64) * stride_vs + d_v.to(tl.int64) * stride_vd
+    k_tile = _offset(columns[:, None], stride_ks, WIDE) + _offset(d, stride_kd, WIDE)
+    v_tile = _offset(columns[:, None], stride_vs, WIDE) + _offset(d_v, stride_vd, WIDE)
     for start in range(lo, hi, BLOCK_N):
         if EDGE:
             start = tl.where(start >= border, start + skip, start)
@@ -251,7 +231,7 @@ def _dq_tiles(
         dp = tl.dot(grad, tl.trans(value), input_precision=PRECISION)
         if DROPOUT:
             dp = tl.where(_kept(seed, i, j, row, threshold), dp * dropout_scale, 0.0)
-        ds = p * (dp - correction[:, None])
+        ds = p * (dp - delta[:, None])
         if SOFTCAP:
             ds = ds * (1 - tanh * tanh)
         dq = tl.dot(ds.to(key.dtype), key, dq, input_precision=PRECISION)
@@ -260,7 +240,7 @@ def _dq_tiles(
 
 @triton.jit
 def _attention_dq_kernel(
-    q, k, v, do, lse, delta, dq, mask, slopes, seeds, cu_q, cu_k, tiles,
+    q, k, v, do, normals, deltas, dq, mask, slopes, seeds, tiles,
     stride_qb, stride_qh, stride_qs, stride_qd, stride_kb, stride_kh, stride_ks, stride_kd,
     stride_vb, stride_vh, stride_vs, stride_vd, stride_dob, stride_doh, stride_dos, stride_dod,
     stride_dqb, stride_dqh, stride_dqs, stride_lb, stride_lh,
@@ -269,47 +249,18 @@ def _attention_dq_kernel(
     scale, scale_log2, cap_in, cap_out, threshold, dropout_scale,
     D: tl.constexpr, DV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr,
     MASK: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
-    VARLEN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    VARLEN: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
-    if VARLEN:
-        head = (pid % heads).to(tl.int64)
-        batch = tl.load(tiles + 2 * (pid // heads)).to(tl.int64)
-        block = tl.load(tiles + 2 * (pid // heads) + 1)
-        if batch < 0:
-            return
-        q_start = tl.load(cu_q + batch).to(tl.int64)
-        k_start = tl.load(cu_k + batch).to(tl.int64)
-        seq_q = (tl.load(cu_q + batch + 1) - q_start).to(tl.int32)
-        seq_k = (tl.load(cu_k + batch + 1) - k_start).to(tl.int32)
-        q += q_start * stride_qs
-        k += k_start * stride_ks
-        v += k_start * stride_vs
-        do += q_start * stride_dos
-        dq += q_start * stride_dqs
-        lse += q_start
-        delta += q_start
-    else:
-        head = (pid // blocks % heads).to(tl.int64)
-        batch = (pid // blocks // heads).to(tl.int64)
-        block = pid % blocks
-        if RIGHT:
-            block = blocks - 1 - block
-        q += batch * stride_qb
-        k += batch * stride_kb
-        v += batch * stride_vb
-        do += batch * stride_dob
-        dq += batch * stride_dqb
-        lse += batch * stride_lb
-        delta += batch * stride_lb
-    q += head * stride_qh
-    k += head // group * stride_kh
-    v += head // group * stride_vh
-    do += head * stride_doh
-    dq += head * stride_dqh
-    lse += head * stride_lh
-    delta += head * stride_lh
+    batch, head, block, q_start, k_start, seq_q, seq_k = _program(heads, seq_q, seq_k, blocks, tiles, RIGHT, VARLEN)
+    q += batch * stride_qb + head * stride_qh + q_start * stride_qs
+    k += batch * stride_kb + head // group * stride_kh + k_start * stride_ks
+    v += batch * stride_vb + head // group * stride_vh + k_start * stride_vs
+    do += batch * stride_dob + head * stride_doh + q_start * stride_dos
+    dq += batch * stride_dqb + head * stride_dqh + q_start * stride_dqs
+    at = batch * stride_lb + head * stride_lh + _scratch_row(batch, q_start, VARLEN)
+    normals += at
+    deltas += at
     if MASK != 0:
         mask += batch * stride_mb + head * stride_mh
     diagonal = seq_k - seq_q if BOTTOM_RIGHT else 0
@@ -322,44 +273,33 @@ def _attention_dq_kernel(
         seed = tl.load(seeds)
 
     first = block * BLOCK_M
-    last = tl.minimum(first + BLOCK_M, seq_q) - 1
     rows = first + tl.arange(0, BLOCK_M)
     i = rows[:, None]
     position = i + diagonal
-    lo = 0
-    full_lo = 0
-    hi = seq_k
-    full_hi = seq_k
-    if RIGHT:
-        hi = tl.maximum(tl.minimum(hi, last + diagonal + window_right + 1), 0)
-        full_hi = tl.maximum(tl.minimum(hi, first + diagonal + window_right + 1), 0)
-    if LEFT:
-        lo = tl.maximum(first + diagonal - window_left, 0) // BLOCK_N * BLOCK_N
-        full_lo = (tl.maximum(last + diagonal - window_left, 0) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
-    full_hi = tl.maximum(full_hi // BLOCK_N * BLOCK_N, lo)
-    full_lo = tl.minimum(full_lo, full_hi)
+    lo, hi, full_lo, full_hi = _key_span(
+        first, seq_q, seq_k, diagonal, window_left, window_right, LEFT, RIGHT, BLOCK_M, BLOCK_N
+    )
     skip = full_hi - full_lo
 
     d = tl.arange(0, BLOCK_D)[None, :]
     d_v = tl.arange(0, BLOCK_DV)[None, :]
     query = _load(q + i.to(tl.int64) * stride_qs + d.to(tl.int64) * stride_qd, i < seq_q, d, D, BLOCK_D, True)
     grad = _load(do + i.to(tl.int64) * stride_dos + d_v.to(tl.int64) * stride_dod, i < seq_q, d_v, DV, BLOCK_DV, True)
-    normal = tl.load(lse + rows, mask=rows < seq_q, other=float("-inf"))
-    normal = tl.where(normal == float("-inf"), float("inf"), normal * 1.4426950408889634)
-    correction = tl.load(delta + rows, mask=rows < seq_q, other=0.0)
+    normal = tl.load(normals + rows, mask=rows < seq_q, other=float("inf"))
+    delta = tl.load(deltas + rows, mask=rows < seq_q, other=0.0)
     result = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     result = _dq_tiles(
-        result, query, grad, normal, correction, k, v, mask, full_lo, full_hi, 0, 0, i, position, seq_q, seq_k, slope,
+        result, query, grad, normal, delta, k, v, mask, full_lo, full_hi, 0, 0, i, position, seq_q, seq_k, slope,
         seed, row, stride_ks, stride_kd, stride_vs, stride_vd, stride_mi, stride_mj, window_left, window_right,
         scale_log2, cap_in, cap_out, threshold, dropout_scale,
-        D, DV, LEFT, RIGHT, MASK, ALIBI, SOFTCAP, DROPOUT, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV, False,
+        D, DV, LEFT, RIGHT, MASK, ALIBI, SOFTCAP, DROPOUT, PRECISION, WIDE, BLOCK_N, BLOCK_D, BLOCK_DV, False,
     )  # fmt: skip
     result = _dq_tiles(
-        result, query, grad, normal, correction, k, v, mask, lo, hi - skip, full_lo, skip, i, position, seq_q,
+        result, query, grad, normal, delta, k, v, mask, lo, hi - skip, full_lo, skip, i, position, seq_q,
         seq_k, slope, seed, row, stride_ks, stride_kd, stride_vs, stride_vd, stride_mi, stride_mj, window_left,
         window_right,
         scale_log2, cap_in, cap_out, threshold, dropout_scale,
-        D, DV, LEFT, RIGHT, MASK, ALIBI, SOFTCAP, DROPOUT, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV, True,
+        D, DV, LEFT, RIGHT, MASK, ALIBI, SOFTCAP, DROPOUT, PRECISION, WIDE, BLOCK_N, BLOCK_D, BLOCK_DV, True,
     )  # fmt: skip
     tl.store(dq + i.to(tl.int64) * stride_dqs + d, (result * scale).to(dq.dtype.element_ty),
              mask=(i < seq_q) & (d < D))  # fmt: skip

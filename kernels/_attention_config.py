@@ -9,8 +9,8 @@ import torch
 from fastllm.kernels._utils import Config
 
 
-def _c(block_m: int, block_n: int, warps: int, stages: int) -> Config:
-    return Config({"BLOCK_M": block_m, "BLOCK_N": block_n}, warps, stages)
+def _c(block_m: int, block_n: int, warps: int, stages: int, specialised: bool = False) -> Config:
+    return Config({"BLOCK_M": block_m, "BLOCK_N": block_n}, warps, stages, specialised)
 
 
 # FEATURED: where a mask, ALiBi, a softcap or dropout is on, or the head size is no power of two, logits or the masks of
@@ -48,6 +48,12 @@ FLOAT32 = {
     "fwd": {64: _c(32, 32, 4, 2), 128: _c(32, 32, 8, 1), 256: _c(16, 32, 8, 1)},
     "dkdv": {64: _c(32, 32, 4, 1), 128: _c(32, 32, 8, 1), 256: _c(16, 16, 8, 1)},
     "dq": {64: _c(32, 32, 4, 1), 128: _c(32, 16, 8, 1), 256: _c(16, 16, 8, 1)},
+}
+# Of the kernels in `_attention_hopper`: those to choose from, the default first.
+SPECIALISED = {
+    "fwd": [_c(128, 128, 4, 2, True), _c(128, 64, 4, 3, True)],
+    "dkdv": [_c(64, 128, 4, 2, True), _c(32, 128, 4, 2, True)],
+    "dq": [_c(128, 64, 4, 3, True), _c(128, 64, 4, 2, True)],
 }
 INTERPRETER = {"fwd": _c(32, 16, 1, 1), "dkdv": _c(16, 32, 1, 1), "dq": _c(32, 16, 1, 1)}
 CANDIDATES = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastllm.kernels._attention_tiles import _kept, _load, _logits, _visible
+from fastllm.kernels._attention_tiles import _kept, _key_span, _load, _logits, _offset, _program, _visible
 
 
 @triton.jit
@@ -15,15 +15,15 @@ def _fwd_tiles(
     scale_log2, cap_in, cap_out, threshold,
     D: tl.constexpr, DV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, MASK: tl.constexpr,
     ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, EDGE: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Takes the keys [lo, hi) into the running maximum `top`, the sum `total` and `acc`."""
     PLAIN: tl.constexpr = not (SOFTCAP or ALIBI or MASK != 0)
     columns = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)[:, None]
     dv = tl.arange(0, BLOCK_DV)[None, :]
-    k_tile = columns[None, :].to(tl.int64) * stride_ks + d.to(tl.int64) * stride_kd
-    v_tile = columns[:, None].to(tl.int64) * stride_vs + dv.to(tl.int64) * stride_vd
+    k_tile = _offset(columns[None, :], stride_ks, WIDE) + _offset(d, stride_kd, WIDE)
+    v_tile = _offset(columns[:, None], stride_vs, WIDE) + _offset(dv, stride_vd, WIDE)
     for start in range(lo, hi, BLOCK_N):
         if EDGE:
             start = tl.where(start >= border, start + skip, start)
@@ -63,7 +63,7 @@ def _fwd_tiles(
 
 @triton.jit
 def _attention_fwd_kernel(
-    q, k, v, o, lse, mask, sinks, slopes, seeds, cu_q, cu_k, tiles,
+    q, k, v, o, lse, mask, sinks, slopes, seeds, tiles,
     stride_qb, stride_qh, stride_qs, stride_qd, stride_kb, stride_kh, stride_ks, stride_kd,
     stride_vb, stride_vh, stride_vs, stride_vd, stride_ob, stride_oh, stride_os, stride_lb, stride_lh,
     stride_mb, stride_mh, stride_mi, stride_mj, stride_slope_b, stride_slope_h,
@@ -71,41 +71,15 @@ def _attention_fwd_kernel(
     scale_log2, cap_in, cap_out, threshold, dropout_scale,
     D: tl.constexpr, DV: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr,
     MASK: tl.constexpr, SINKS: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
-    VARLEN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    VARLEN: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
-    if VARLEN:
-        head = (pid % heads).to(tl.int64)
-        batch = tl.load(tiles + 2 * (pid // heads)).to(tl.int64)
-        block = tl.load(tiles + 2 * (pid // heads) + 1)
-        if batch < 0:
-            return
-        q_start = tl.load(cu_q + batch).to(tl.int64)
-        k_start = tl.load(cu_k + batch).to(tl.int64)
-        seq_q = (tl.load(cu_q + batch + 1) - q_start).to(tl.int32)
-        seq_k = (tl.load(cu_k + batch + 1) - k_start).to(tl.int32)
-        q += q_start * stride_qs
-        k += k_start * stride_ks
-        v += k_start * stride_vs
-        o += q_start * stride_os
-        lse += q_start
-    else:
-        head = (pid // blocks % heads).to(tl.int64)
-        batch = (pid // blocks // heads).to(tl.int64)
-        block = pid % blocks
-        if RIGHT:  # the longest rows first
-            block = blocks - 1 - block
-        q += batch * stride_qb
-        k += batch * stride_kb
-        v += batch * stride_vb
-        o += batch * stride_ob
-        lse += batch * stride_lb
-    q += head * stride_qh
-    k += head // group * stride_kh
-    v += head // group * stride_vh
-    o += head * stride_oh
-    lse += head * stride_lh
+    batch, head, block, q_start, k_start, seq_q, seq_k = _program(heads, seq_q, seq_k, blocks, tiles, RIGHT, VARLEN)
+    q += batch * stride_qb + head * stride_qh + q_start * stride_qs
+    k += batch * stride_kb + head // group * stride_kh + k_start * stride_ks
+    v += batch * stride_vb + head // group * stride_vh + k_start * stride_vs
+    o += batch * stride_ob + head * stride_oh + q_start * stride_os
+    lse += batch * stride_lb + head * stride_lh + q_start
     if MASK != 0:
         mask += batch * stride_mb + head * stride_mh
     diagonal = seq_k - seq_q if BOTTOM_RIGHT else 0
@@ -118,23 +92,12 @@ def _attention_fwd_kernel(
         seed = tl.load(seeds)
 
     first = block * BLOCK_M
-    last = tl.minimum(first + BLOCK_M, seq_q) - 1
     rows = first + tl.arange(0, BLOCK_M)
     i = rows[:, None]
     position = i + diagonal
-    # Keys [lo, hi) hold all that these rows see, [full_lo, full_hi) what every row of them sees.
-    lo = 0
-    full_lo = 0
-    hi = seq_k
-    full_hi = seq_k
-    if RIGHT:
-        hi = tl.maximum(tl.minimum(hi, last + diagonal + window_right + 1), 0)
-        full_hi = tl.maximum(tl.minimum(hi, first + diagonal + window_right + 1), 0)
-    if LEFT:
-        lo = tl.maximum(first + diagonal - window_left, 0) // BLOCK_N * BLOCK_N
-        full_lo = (tl.maximum(last + diagonal - window_left, 0) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
-    full_hi = tl.maximum(full_hi // BLOCK_N * BLOCK_N, lo)
-    full_lo = tl.minimum(full_lo, full_hi)
+    lo, hi, full_lo, full_hi = _key_span(
+        first, seq_q, seq_k, diagonal, window_left, window_right, LEFT, RIGHT, BLOCK_M, BLOCK_N
+    )
     skip = full_hi - full_lo
 
     d = tl.arange(0, BLOCK_D)[None, :]
@@ -150,13 +113,13 @@ def _attention_fwd_kernel(
         acc, total, top, query, k, v, mask, full_lo, full_hi, 0, 0, i, position, seq_q, seq_k, slope, seed, row,
         stride_ks, stride_kd, stride_vs, stride_vd, stride_mi, stride_mj, window_left, window_right,
         scale_log2, cap_in, cap_out, threshold,
-        D, DV, LEFT, RIGHT, MASK, ALIBI, SOFTCAP, DROPOUT, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV, False,
+        D, DV, LEFT, RIGHT, MASK, ALIBI, SOFTCAP, DROPOUT, PRECISION, WIDE, BLOCK_N, BLOCK_D, BLOCK_DV, False,
     )  # fmt: skip
     acc, total, top = _fwd_tiles(
         acc, total, top, query, k, v, mask, lo, hi - skip, full_lo, skip, i, position, seq_q, seq_k, slope, seed, row,
         stride_ks, stride_kd, stride_vs, stride_vd, stride_mi, stride_mj, window_left, window_right,
         scale_log2, cap_in, cap_out, threshold,
-        D, DV, LEFT, RIGHT, MASK, ALIBI, SOFTCAP, DROPOUT, PRECISION, BLOCK_N, BLOCK_D, BLOCK_DV, True,
+        D, DV, LEFT, RIGHT, MASK, ALIBI, SOFTCAP, DROPOUT, PRECISION, WIDE, BLOCK_N, BLOCK_D, BLOCK_DV, True,
     )  # fmt: skip
 
     inverse = tl.where(total == 0, 0.0, 1.0 / total)

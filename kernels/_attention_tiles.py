@@ -19,6 +19,12 @@ def _load(pointers, inside, d, D: tl.constexpr, BLOCK_D: tl.constexpr, EDGE: tl.
 
 
 @triton.jit
+def _offset(i, stride, WIDE: tl.constexpr):
+    """Of the elements of a tile: 32 bits, which take half the registers, unless its strides are WIDE."""
+    return i.to(tl.int64) * stride if WIDE else i * stride
+
+
+@triton.jit
 def _logits(
     qk, i, j, inside, position, slope, mask, stride_mi, stride_mj, scale_log2, cap_in, cap_out,
     SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, MASK: tl.constexpr, EDGE: tl.constexpr,
@@ -65,3 +71,80 @@ def _kept(seed, i, j, row, threshold):
     zero = i * 0 + j * 0
     bits, _, _, _ = tl.philox(seed, zero + i, zero + j, zero + row, zero, 7)
     return (bits >> 8).to(tl.int32) >= threshold
+
+
+@triton.jit
+def _program(heads, seq_q, seq_k, blocks, tiles, LAST_FIRST: tl.constexpr, VARLEN: tl.constexpr):
+    """What is a program's: batch (in packed tensors: sequence), head and block; where its sequences begin in packed
+    tensors, and their lengths."""
+    pid = tl.program_id(0)
+    if VARLEN:
+        head = (pid % heads).to(tl.int64)
+        tiles += 6 * (pid // heads)
+        batch = tl.load(tiles).to(tl.int64)
+        block = tl.load(tiles + 1)
+        q_start = tl.load(tiles + 2).to(tl.int64)
+        k_start = tl.load(tiles + 3).to(tl.int64)
+        seq_q = tl.load(tiles + 4)
+        seq_k = tl.load(tiles + 5)
+    else:
+        head = (pid // blocks % heads).to(tl.int64)
+        batch = (pid // blocks // heads).to(tl.int64)
+        block = pid % blocks
+        if LAST_FIRST:
+            block = blocks - 1 - block
+        q_start = tl.zeros([], tl.int64)
+        k_start = tl.zeros([], tl.int64)
+    return batch, head, block, q_start, k_start, seq_q, seq_k
+
+
+@triton.jit
+def _scratch_row(batch, q_start, VARLEN: tl.constexpr):
+    """Where a sequence begins in `normals` and `deltas`: at a multiple of 4 rows, for tensor descriptors."""
+    return 4 * ((q_start + 3) // 4 + batch) if VARLEN else q_start
+
+
+@triton.jit
+def _key_span(
+    first, seq_q, seq_k, diagonal, window_left, window_right, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Of the queries from `first` on: keys [lo, hi) hold all that they see, [full_lo, full_hi) what every one of them
+    sees; all but hi are multiples of BLOCK_N."""
+    last = tl.minimum(first + BLOCK_M, seq_q) - 1
+    lo = 0
+    full_lo = 0
+    hi = seq_k
+    full_hi = seq_k
+    if RIGHT:
+        hi = tl.maximum(tl.minimum(hi, last + diagonal + window_right + 1), 0)
+        full_hi = tl.maximum(tl.minimum(hi, first + diagonal + window_right + 1), 0)
+    if LEFT:
+        lo = tl.maximum(first + diagonal - window_left, 0) // BLOCK_N * BLOCK_N
+        full_lo = (tl.maximum(last + diagonal - window_left, 0) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+    full_hi = tl.maximum(full_hi // BLOCK_N * BLOCK_N, lo)
+    full_lo = tl.minimum(full_lo, full_hi)
+    return lo, hi, full_lo, full_hi
+
+
+@triton.jit
+def _query_span(
+    first, seq_q, seq_k, diagonal, window_left, window_right, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Of the keys from `first` on: queries [lo, hi) hold all that see them, [full_lo, full_hi) those that see every one
+    of them; all but hi are multiples of BLOCK_M."""
+    last = tl.minimum(first + BLOCK_N, seq_k) - 1
+    lo = 0
+    full_lo = 0
+    hi = seq_q
+    full_hi = seq_q
+    if RIGHT:
+        lo = tl.maximum(first - diagonal - window_right, 0) // BLOCK_M * BLOCK_M
+        full_lo = (tl.maximum(last - diagonal - window_right, 0) + BLOCK_M - 1) // BLOCK_M * BLOCK_M
+    if LEFT:
+        hi = tl.maximum(tl.minimum(hi, last - diagonal + window_left + 1), 0)
+        full_hi = tl.maximum(tl.minimum(hi, first - diagonal + window_left + 1), 0)
+    full_hi = tl.maximum(full_hi // BLOCK_M * BLOCK_M, lo)
+    full_lo = tl.minimum(full_lo, full_hi)
+    return lo, hi, full_lo, full_hi

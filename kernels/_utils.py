@@ -19,14 +19,19 @@ LOG2E = 1.4426950408889634
 
 @dataclass(frozen=True)
 class Config:
-    """How a kernel is cut and compiled: its block sizes (constexpr arguments) and the compiler's options."""
+    """How a kernel is cut and compiled: its block sizes (constexpr arguments) and the compiler's options.
+
+    `specialised`: it runs the warp-specialised kernel, where there is one beside the other.
+    """
 
     blocks: dict[str, int] = field(hash=False)
     warps: int = 4
     stages: int = 2
+    specialised: bool = False
 
     def __str__(self) -> str:
-        return "x".join(map(str, self.blocks.values())) + f" w{self.warps} s{self.stages}"
+        name = "x".join(map(str, self.blocks.values())) + f" w{self.warps} s{self.stages}"
+        return f"{name} specialised" if self.specialised else name
 
 
 @functools.cache
@@ -72,8 +77,13 @@ def rows(x: Tensor) -> Tensor:
 def launch(kernel, grid: tuple[int, ...], config: Config, *, fusion: Any = True, **args) -> None:
     """Starts `kernel` on the tensors' device, on its current stream. Floating-point fusion is said by name: Triton's
     default changes. Without it a product that is subtracted from its own rounding leaves zero."""
+    triton.set_allocator(_scratch)  # of tensor descriptors that kernels make; each thread has an allocator of its own
     with torch.cuda.device_of(next(arg for arg in args.values() if isinstance(arg, Tensor))):
         kernel[grid](**args, **config.blocks, num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=fusion)
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 # Tuning, on demand

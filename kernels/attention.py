@@ -22,6 +22,7 @@ block of each program, and sequence b is rows cu[b] to cu[b + 1].
 
 from __future__ import annotations
 
+import re
 from typing import Any, NamedTuple
 
 import torch
@@ -30,8 +31,14 @@ from torch import Tensor
 
 from fastllm.kernels import _utils
 from fastllm.kernels._attention_bwd import _attention_delta_kernel, _attention_dkdv_kernel, _attention_dq_kernel
-from fastllm.kernels._attention_config import CANDIDATES, config
+from fastllm.kernels._attention_config import CANDIDATES, SPECIALISED, config
 from fastllm.kernels._attention_fwd import _attention_fwd_kernel
+from fastllm.kernels._attention_hopper import (
+    _attention_dkdv_hopper_kernel,
+    _attention_dq_hopper_kernel,
+    _attention_fwd_hopper_kernel,
+)
+from fastllm.kernels._attention_packed import packed_tiles
 from fastllm.kernels._utils import LOG2E, Config
 
 NO_MASK, BOOL_MASK, FLOAT_MASK = 0, 1, 2
@@ -56,25 +63,6 @@ class Packed(NamedTuple):
 
     cu_q: Tensor  # (N + 1,)
     cu_k: Tensor  # (N + 1,)
-
-    def tiles(self, of_keys: bool, block: int, total: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(cu_q, cu_k, tiles (n, 2)) for programs that own blocks of queries, or of keys.
-
-        tiles[t] is the sequence and the block of program t, longest work first, -1 past the last. What lies behind the
-        last sequence belongs to one more, which has nothing to attend to: its rows come out as zeros.
-        """
-        own, other = (self.cu_k, self.cu_q) if of_keys else (self.cu_q, self.cu_k)
-        count = own.shape[0]
-        own = torch.cat([own, own.new_full((1,), total)])
-        other = torch.cat([other, other[-1:]])
-        order = torch.argsort(other.diff(), descending=True, stable=True)
-        ends = torch.cumsum((own.diff()[order] + (block - 1)) // block, 0)
-        t = torch.arange(total // block + count, device=own.device)
-        at = torch.searchsorted(ends, t, right=True)
-        inside = at < count
-        at = at.clamp(max=count - 1)
-        tiles = torch.stack([torch.where(inside, order[at], -1), ends[at] - 1 - t], 1).to(torch.int32)
-        return (other, own, tiles) if of_keys else (own, other, tiles)
 
 
 def _block(size: int) -> int:
@@ -108,9 +96,14 @@ def _common(
         "threshold": round(dropout_p * 2**24),
         "D": q.shape[3], "DV": v.shape[3], "LEFT": left >= 0, "RIGHT": right >= 0, "BOTTOM_RIGHT": bottom_right,
         "MASK": kind, "ALIBI": slopes is not None, "SOFTCAP": softcap > 0, "DROPOUT": dropout_p > 0,
-        "PRECISION": _utils.precision(q.dtype),
+        "PRECISION": _utils.precision(q.dtype), "WIDE": any(map(_wide, (q, k, v))),
         "BLOCK_D": _block(q.shape[3]), "BLOCK_DV": _block(v.shape[3]),
     }  # fmt: skip
+
+
+def _wide(x: Tensor) -> bool:
+    """Whether offsets in a tile of x, of no more than 128 rows, may pass 2^31."""
+    return 128 * x.stride(2) + x.shape[3] * x.stride(3) >= 2**31
 
 
 def _keep_scale(dropout_p: float) -> float:
@@ -121,42 +114,89 @@ def _strides(name: str, tensor: Tensor, dimensions: str) -> dict[str, int]:
     return {f"stride_{name}{n}": s for n, s in zip(dimensions, tensor.stride(), strict=False)}
 
 
-def _run(kind: str, kernel, common: dict, args: dict, packed: Packed | None) -> None:
-    """Chooses the configuration, lays out the programs and launches. Blocks are of keys for dkdv, else of queries."""
+KERNELS = {
+    "fwd": _attention_fwd_kernel, "delta": _attention_delta_kernel, "dkdv": _attention_dkdv_kernel,
+    "dq": _attention_dq_kernel,
+}  # fmt: skip
+SPECIALISED_KERNELS = {
+    "fwd": _attention_fwd_hopper_kernel, "dkdv": _attention_dkdv_hopper_kernel, "dq": _attention_dq_hopper_kernel
+}  # fmt: skip
+VARIANT = (
+    "D", "DV", "LEFT", "RIGHT", "MASK", "ALIBI", "SOFTCAP", "DROPOUT", "GRAD_K", "GRAD_V", "PRECISION", "WIDE", "group"
+)  # fmt: skip
+"""What the choice of a configuration may depend on, beside chip, dtype and lengths."""
+
+
+def _start(kind: str, config: Config, args: dict[str, Any], packed: Packed | None) -> None:
+    """Lays out the programs and launches. Blocks are of keys for dkdv, else of queries."""
     of_keys = kind == "dkdv"
-    batch, heads, rows = common["k" if of_keys else "q"].shape[:3]
+    batch, heads, rows = args["k" if of_keys else "q"].shape[:3]
+    size = config.blocks["BLOCK_N" if of_keys else "BLOCK_M"]
+    blocks, tiles = triton.cdiv(rows, size), None
+    programs = blocks * batch * heads
+    if packed:
+        tiles = packed_tiles(*packed, args["q"].shape[2], args["k"].shape[2], size, of_keys)
+        programs = tiles.shape[0] * heads
+        # The table says where a sequence begins.
+        args = args | {name: 0 for name in args if name.startswith("stride_") and re.search("[^_]b$", name)}
+    kernel = (SPECIALISED_KERNELS if config.specialised else KERNELS)[kind]
+    known = args | {"tiles": tiles, "blocks": blocks, "VARLEN": packed is not None}
+    taken = {name: value for name, value in known.items() if name in kernel.arg_names and name not in config.blocks}
+    _utils.launch(kernel, (programs,), config, **taken)
 
-    def start(config: Config) -> None:
-        size = config.blocks["BLOCK_N" if of_keys else "BLOCK_M"]
-        blocks = triton.cdiv(rows, size)
-        cu_q, cu_k, tiles = packed.tiles(of_keys, size, rows) if packed else (None, None, None)
-        programs = (blocks * batch if tiles is None else tiles.shape[0]) * heads
-        _utils.launch(kernel, (programs,), config, **common, **args, cu_q=cu_q, cu_k=cu_k, tiles=tiles, blocks=blocks,
-                      VARLEN=packed is not None)  # fmt: skip
 
-    names = (
-        "D",
-        "DV",
-        "LEFT",
-        "RIGHT",
-        "MASK",
-        "ALIBI",
-        "SOFTCAP",
-        "DROPOUT",
-        "GRAD_K",
-        "GRAD_V",
-        "PRECISION",
-        "group",
-    )
-    variant = [(common | args).get(name) for name in names]
-    other = common["q" if of_keys else "k"].shape[2]
-    chip, dtype = _utils.chip(common["q"].device), common["q"].dtype
-    featured = any(common[name] for name in ("MASK", "ALIBI", "SOFTCAP", "DROPOUT"))
-    featured |= (common["D"], common["DV"]) != (common["BLOCK_D"], common["BLOCK_DV"])  # masked loads take registers
-    default = config(kind, max(common["BLOCK_D"], common["BLOCK_DV"]), dtype, featured, chip)
-    key = (kind, *chip, str(dtype), *variant, packed is not None, rows.bit_length(), other.bit_length())
-    with torch.cuda.device_of(common["q"]):  # tuning times on the current device
-        start(_utils.choose(key, default, CANDIDATES[kind], start))
+def _run(kind: str, args: dict[str, Any], packed: Packed | None) -> None:
+    """Chooses the configuration, and launches."""
+    q = args["q"]
+    chip, dtype = _utils.chip(q.device), q.dtype
+    featured = any(args[name] for name in FEATURES)
+    featured |= (args["D"], args["DV"]) != (args["BLOCK_D"], args["BLOCK_DV"])  # masked loads take registers
+    default = config(kind, max(args["BLOCK_D"], args["BLOCK_DV"]), dtype, featured, chip)
+    candidates = CANDIDATES[kind]
+    specialised = unsuited(chip, args) is None
+    if specialised:
+        default, candidates = SPECIALISED[kind][0], [*SPECIALISED[kind], default, *candidates]
+    rows, other = (args[name].shape[2] for name in ("kq" if kind == "dkdv" else "qk"))
+    variant = [args.get(name) for name in VARIANT]
+    key = (kind, *chip, str(dtype), *variant, packed is not None, specialised, rows.bit_length(), other.bit_length())
+    with torch.cuda.device_of(q):  # tuning times on the current device
+        _start(kind, _utils.choose(key, default, candidates, lambda config: _start(kind, config, args, packed)), args,
+               packed)  # fmt: skip
+
+
+FEATURES = ("MASK", "ALIBI", "SOFTCAP", "DROPOUT")
+TRITON = (3, 6), (3, 9)
+"""The Triton versions, from and to, whose compiler is known to specialise `_attention_hopper`."""
+
+
+def unsuited(chip: tuple, args: dict[str, Any]) -> str | None:
+    """Why the warp-specialised kernels cannot run this, or None."""
+    q = args["q"]
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if chip != ("cuda", 90):
+        return "made for compute capability 9.0"
+    if not TRITON[0] <= version <= TRITON[1]:
+        return f"not tried with Triton {triton.__version__}"
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"made for 16 bits, not {q.dtype}"
+    if args["D"] != args["DV"] or args["D"] not in (64, 128):
+        return f"made for head size 64 or 128, got {args['D']} and {args['DV']}"
+    if features := [name.lower() for name in FEATURES if args[name]]:
+        return f"made without {' and '.join(features)}"
+    for name in ("q", "k", "v", "do"):
+        if (x := args.get(name)) is not None and (reason := _undescribed(name, x)):
+            return reason
+    return None
+
+
+def _undescribed(name: str, x: Tensor) -> str | None:
+    """Why no tensor descriptor can be made of x's matrices, or None."""
+    if x.stride(3) != 1 or x.data_ptr() % 16:
+        return f"{name} must be dense in the head size and begin at a multiple of 16 bytes"
+    steps = [x.stride(dim) for dim in (0, 1, 2) if dim or x.shape[0] > 1]
+    if any(step % 8 for step in steps) or x.stride(2) == 0 or (name in ("q", "do") and x.stride(1) == 0):
+        return f"{name}'s strides must be multiples of 16 bytes, got {x.stride()}"
+    return None
 
 
 def attention_fwd(
@@ -177,7 +217,7 @@ def attention_fwd(
         "o": out, "lse": lse, "sinks": sinks, "SINKS": sinks is not None,
         **_strides("o", out, "bhs"), **_strides("l", lse, "bh"), "dropout_scale": _keep_scale(scores.dropout_p),
     }  # fmt: skip
-    _run("fwd", _attention_fwd_kernel, common, args, packed)
+    _run("fwd", common | args, packed)
 
 
 def attention_bwd(
@@ -200,32 +240,28 @@ def attention_bwd(
     packed: Packed | None = None,
 ) -> None:
     batch, heads, rows, size = out.shape
-    delta = torch.empty_like(lse)
-    delta_config = Config({"BLOCK_M": 64, "BLOCK_DV": _block(size)}, 4, 1)
-    blocks = triton.cdiv(rows, 64)
-    _utils.launch(
-        _attention_delta_kernel, (blocks * batch * heads,), delta_config, o=out, do=dout, dlse=dlse, delta=delta,
-        **_strides("o", out, "bhs"), **_strides("do", dout, "bhsd"), **_strides("l", lse, "bh"),
-        **_strides("dl", lse if dlse is None else dlse, "bhs"),
-        heads=heads, seq_q=rows, blocks=blocks, DV=size, DLSE=dlse is not None,
-    )  # fmt: skip
+    # A sequence begins at a multiple of 16 bytes: tensor descriptors do.
+    sequences = packed.cu_q.shape[0] if packed else 0
+    width = 4 * (triton.cdiv(rows, 4) + sequences)
+    normals, deltas = (lse.new_empty if dsinks is None else lse.new_zeros)((2, batch, heads, width))
+    common = _common(q, k, v, mask, slopes, seed, scores) | {
+        "do": dout, "normals": normals, "deltas": deltas, "scale": scores.scale,
+        "dropout_scale": _keep_scale(scores.dropout_p), **_strides("do", dout, "bhsd"), **_strides("l", deltas, "bh"),
+    }  # fmt: skip
+    common["WIDE"] |= _wide(dout)
+    own = {
+        "o": out, "lse": lse, "dlse": dlse, "DLSE": dlse is not None, **_strides("o", out, "bhs"),
+        **_strides("lse", lse, "bh"), **_strides("dl", lse if dlse is None else dlse, "bhs"),
+    }  # fmt: skip
+    _start("delta", Config({"BLOCK_M": 128, "BLOCK_DV": _block(size)}, 8, 1), common | own, packed)
     if dsinks is not None and sinks is not None:
-        # A query that sees nothing, not even a sink, has lse -inf and no part in this.
-        shares = torch.exp(sinks.float()[:, None] - lse.masked_fill(lse == -torch.inf, torch.inf)) * delta
+        # A query that sees nothing, not even a sink, has normal inf and no part in this.
+        shares = torch.exp2(sinks.float()[:, None] * LOG2E - normals) * deltas
         torch.sum(shares, (0, 2), out=dsinks) if dsinks.dtype == torch.float32 else dsinks.copy_(shares.sum((0, 2)))
         dsinks.neg_()
-    common = _common(q, k, v, mask, slopes, seed, scores)
-    common |= {
-        "do": dout,
-        "lse": lse,
-        "delta": delta,
-        "scale": scores.scale,
-        "dropout_scale": _keep_scale(scores.dropout_p),
-    }
-    common |= _strides("do", dout, "bhsd") | _strides("l", lse, "bh")
     args = {"dk": dk, "dv": dv, **_strides("dk", dk, "bhs"), **_strides("dv", dv, "bhs")}
     # Two accumulators of head size 256 do not fit into the registers: dk and dv then take a pass each.
     passes = ((True, False), (False, True)) if max(common["BLOCK_D"], common["BLOCK_DV"]) > 128 else ((True, True),)
     for grad_k, grad_v in passes:
-        _run("dkdv", _attention_dkdv_kernel, common, args | {"GRAD_K": grad_k, "GRAD_V": grad_v}, packed)
-    _run("dq", _attention_dq_kernel, common, {"dq": dq, **_strides("dq", dq, "bhs")}, packed)
+        _run("dkdv", common | args | {"GRAD_K": grad_k, "GRAD_V": grad_v}, packed)
+    _run("dq", common | {"dq": dq, **_strides("dq", dq, "bhs")}, packed)

@@ -98,8 +98,16 @@ class Kernel:
         return sorted(found, key=lambda loop: len(loop.body))
 
     def main_loop(self) -> Loop:
-        """The innermost loop with the most matrix clocks; without any, the longest."""
-        return max(self.loops(), key=lambda loop: (loop.matrix_clocks, -len(loop.body) if self.has("HGMMA") else 0))
+        """The loop that is densest in matrix products; without any, the longest that holds no other."""
+        loops = self.loops()
+        if self.has("HGMMA"):
+            return max(loops, key=lambda loop: loop.matrix_clocks / len(loop.body))
+        starts = [(loop.body[0].address, loop.body[-1].address) for loop in loops]
+        return next(
+            loop
+            for loop, (start, end) in reversed(list(zip(loops, starts, strict=True)))
+            if not any((start, end) != other and start <= other[0] and other[1] <= end for other in starts)
+        )
 
 
 def read(path: str | Path, arch: str = "sm_90") -> dict[str, Kernel]:

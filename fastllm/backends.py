@@ -55,26 +55,32 @@ class Backend:
             then meets a generator that is still open ("generator already executing").
         run: takes the op's arguments. For a C++ kernel, `Op` puts the call through the dispatcher here.
         key: the dispatch key of a C++ kernel ("CPU", "CUDA"), else None.
+        kernel: where the backend has several, takes the op's arguments and returns what `explain` says of its choice.
     """
 
     name: str
     supports: Callable[..., str | None]
     run: Callable = _not_built
     key: str | None = None
+    kernel: Callable[..., str] | None = None
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One line of an `Explanation`: `reason` says why the backend was rejected, None if it could run."""
+    """One line of an `Explanation`: `reason` says why the backend was rejected, None if it could run; `kernel` which of
+    the backend's kernels runs, where it has several."""
 
     op: str
     backend: str
     reason: str | None
     chosen: bool
+    kernel: str = ""
 
     @property
     def verdict(self) -> str:
-        return "runs" if self.chosen else f"rejected: {self.reason}" if self.reason else "could run"
+        if self.chosen:
+            return f"runs: {self.kernel}" if self.kernel else "runs"
+        return f"rejected: {self.reason}" if self.reason else "could run"
 
     def __str__(self) -> str:
         return f"{self.op}  {self.backend}  {self.verdict}"
@@ -277,7 +283,8 @@ class Op:
             found = found or chosen
             if reason is None and _forced not in (None, backend.name):
                 reason = f"{_forced!r} is forced"
-            _explanation.append(Candidate(self.name, backend.name, reason, chosen))
+            kernel = backend.kernel(*args) if chosen and backend.kernel is not None else ""
+            _explanation.append(Candidate(self.name, backend.name, reason, chosen, kernel))
         return self.fake(*args)
 
     def _select(self, *args):

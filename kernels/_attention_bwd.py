@@ -25,18 +25,21 @@ def _attention_delta_kernel(
     heads, seq_q, seq_k, blocks,
     DV: tl.constexpr, DLSE: tl.constexpr, VARLEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """What the backward needs of each row: `deltas`, and `normals`, lse in base 2."""
+    """What the backward needs of each row: `deltas`, and `normals`, lse in base 2. Both are 0 past a sequence's end."""
     batch, head, block, q_start, _, seq_q, _ = _program(heads, seq_q, seq_k, blocks, tiles, False, VARLEN)
+    if seq_q == 0:  # a program that is left over: its rows would be another's
+        return
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    i = (q_start + rows)[:, None]
-    d = tl.arange(0, BLOCK_DV)[None, :]
-    inside = (rows < seq_q)[:, None] & (d < DV)
-    out = tl.load(o + batch * stride_ob + head * stride_oh + i * stride_os + d, mask=inside, other=0.0)
-    grad = tl.load(do + batch * stride_dob + head * stride_doh + i * stride_dos + d.to(tl.int64) * stride_dod,
-                   mask=inside, other=0.0)  # fmt: skip
-    delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
     i = q_start + rows
     inside = rows < seq_q
+    o += batch * stride_ob + head * stride_oh + (i * stride_os)[:, None]
+    do += batch * stride_dob + head * stride_doh + (i * stride_dos)[:, None]
+    delta = tl.zeros([BLOCK_M], tl.float32)
+    for start in tl.static_range(0, DV, BLOCK_DV):
+        d = start + tl.arange(0, BLOCK_DV)[None, :]
+        there = inside[:, None] & (d < DV)
+        out = tl.load(o + d, mask=there, other=0.0).to(tl.float32)
+        delta += tl.sum(out * tl.load(do + d.to(tl.int64) * stride_dod, mask=there, other=0.0).to(tl.float32), 1)
     if DLSE:
         delta -= tl.load(dlse + batch * stride_dlb + head * stride_dlh + i * stride_dls, mask=inside,
                          other=0.0).to(tl.float32)  # fmt: skip
@@ -44,8 +47,8 @@ def _attention_delta_kernel(
     # A row without keys has lse = -inf: +inf makes its P zero.
     normal = tl.where(normal == float("-inf"), float("inf"), normal * 1.4426950408889634)
     at = batch * stride_lb + head * stride_lh + _scratch_row(batch, q_start, VARLEN) + rows
-    tl.store(normals + at, normal, mask=inside)
-    tl.store(deltas + at, delta, mask=inside)
+    tl.store(normals + at, normal)
+    tl.store(deltas + at, delta)
 
 
 @triton.jit
@@ -69,12 +72,14 @@ def _dkdv_tiles(
     d_v = tl.arange(0, BLOCK_DV)[None, :]
     q_tile = _offset(m[:, None], stride_qs, WIDE) + _offset(d, stride_qd, WIDE)
     do_tile = _offset(m[:, None], stride_dos, WIDE) + _offset(d_v, stride_dod, WIDE)
-    for step in range(group * tiles):
-        member = step // tiles
+    end = lo + tiles * BLOCK_M
+    member = 0
+    at = lo
+    for _ in range(group * tiles):
         head = first_head + member
-        start = lo + (step - member * tiles) * BLOCK_M
+        start = at
         if EDGE:
-            start = tl.where(start >= border, start + skip, start)
+            start = tl.where(at >= border, at + skip, at)
         start = tl.multiple_of(start, BLOCK_M)
         row = first_row + member
         rows = start + m
@@ -120,6 +125,9 @@ def _dkdv_tiles(
             if SOFTCAP:
                 ds = ds * (1 - tanh * tanh)
             dk = tl.dot(ds.to(query.dtype), query, dk, input_precision=PRECISION)
+        at += BLOCK_M
+        member = tl.where(at < end, member, member + 1)
+        at = tl.where(at < end, at, lo)
     return dk, dv
 
 

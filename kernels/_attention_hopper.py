@@ -121,9 +121,9 @@ def _attention_dkdv_hopper_kernel(
     grad_k = tl.zeros([BLOCK_N, D], tl.float32)
     grad_v = tl.zeros([BLOCK_N, DV], tl.float32)
     row = _scratch_row(batch, q_start, VARLEN).to(tl.int32)
-    for step in tl.range(0, group * steps, 1, warp_specialize=True):
-        member = step // steps
-        start = lo + (step - member * steps) * BLOCK_M
+    member = 0
+    start = lo
+    for _ in tl.range(0, group * steps, 1, warp_specialize=True):
         query = queries.load([member, start, 0]).reshape(BLOCK_M, D)
         normal = normals.load([member, row + start]).reshape(BLOCK_M)
         t = tl.dot(key, query.T)
@@ -136,10 +136,11 @@ def _attention_dkdv_hopper_kernel(
         grad_v = tl.dot(p.to(grad.dtype), grad, grad_v)
         dp = tl.dot(value, grad.T)
         delta = deltas.load([member, row + start]).reshape(BLOCK_M)
-        if VARLEN:  # another sequence's may be NaN
-            delta = tl.where(start + tl.arange(0, BLOCK_M) < seq_q, delta, 0.0)
         ds = p * (dp - delta[None, :])
         grad_k = tl.dot(ds.to(query.dtype), query, grad_k)
+        start += BLOCK_M
+        member = tl.where(start < hi, member, member + 1)
+        start = tl.where(start < hi, start, lo)
     inside = (keys < seq_k)[:, None]
     rows = keys[:, None].to(tl.int64)
     tl.store(dk + rows * stride_dks + tl.arange(0, D)[None, :], (grad_k * scale).to(dk.dtype.element_ty), mask=inside)

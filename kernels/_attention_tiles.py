@@ -100,8 +100,8 @@ def _program(heads, seq_q, seq_k, blocks, tiles, LAST_FIRST: tl.constexpr, VARLE
 
 @triton.jit
 def _scratch_row(batch, q_start, VARLEN: tl.constexpr):
-    """Where a sequence begins in `normals` and `deltas`: at a multiple of 4 rows, for tensor descriptors."""
-    return 4 * ((q_start + 3) // 4 + batch) if VARLEN else q_start
+    """Where a sequence begins in `normals` and `deltas`: tiles of 128 rows have no row of two sequences there."""
+    return 128 * ((q_start + 127) // 128 + batch) if VARLEN else q_start
 
 
 @triton.jit

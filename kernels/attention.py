@@ -164,6 +164,7 @@ def _run(kind: str, args: dict[str, Any], packed: Packed | None) -> None:
                packed)  # fmt: skip
 
 
+HOPPER = ("cuda", 90)
 FEATURES = ("MASK", "ALIBI", "SOFTCAP", "DROPOUT")
 TRITON = (3, 6), (3, 9)
 """The Triton versions, from and to, whose compiler is known to specialise `_attention_hopper`."""
@@ -173,7 +174,7 @@ def unsuited(chip: tuple, args: dict[str, Any]) -> str | None:
     """Why the warp-specialised kernels cannot run this, or None."""
     q = args["q"]
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if chip != ("cuda", 90):
+    if chip != HOPPER:
         return "made for compute capability 9.0"
     if not TRITON[0] <= version <= TRITON[1]:
         return f"not tried with Triton {triton.__version__}"
@@ -197,6 +198,17 @@ def _undescribed(name: str, x: Tensor) -> str | None:
     if any(step % 8 for step in steps) or x.stride(2) == 0 or (name in ("q", "do") and x.stride(1) == 0):
         return f"{name}'s strides must be multiples of 16 bytes, got {x.stride()}"
     return None
+
+
+def describe(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, slopes: Tensor | None, seed: Tensor | None, scores: Scores
+) -> str:
+    """Which of the forward's kernels runs, where a chip has two; else nothing."""
+    chip = _utils.chip(q.device)
+    if chip != HOPPER:
+        return ""
+    reason = unsuited(chip, _common(q, k, v, mask, slopes, seed, scores))
+    return f"not warp-specialised: {reason}" if reason else "warp-specialised"
 
 
 def attention_fwd(
@@ -240,10 +252,8 @@ def attention_bwd(
     packed: Packed | None = None,
 ) -> None:
     batch, heads, rows, size = out.shape
-    # A sequence begins at a multiple of 16 bytes: tensor descriptors do.
-    sequences = packed.cu_q.shape[0] if packed else 0
-    width = 4 * (triton.cdiv(rows, 4) + sequences)
-    normals, deltas = (lse.new_empty if dsinks is None else lse.new_zeros)((2, batch, heads, width))
+    blocks = triton.cdiv(rows, 128) + (packed.cu_q.shape[0] if packed else 0)
+    normals, deltas = (lse.new_empty if dsinks is None else lse.new_zeros)((2, batch, heads, 128 * blocks))
     common = _common(q, k, v, mask, slopes, seed, scores) | {
         "do": dout, "normals": normals, "deltas": deltas, "scale": scores.scale,
         "dropout_scale": _keep_scale(scores.dropout_p), **_strides("do", dout, "bhsd"), **_strides("l", deltas, "bh"),
@@ -253,7 +263,7 @@ def attention_bwd(
         "o": out, "lse": lse, "dlse": dlse, "DLSE": dlse is not None, **_strides("o", out, "bhs"),
         **_strides("lse", lse, "bh"), **_strides("dl", lse if dlse is None else dlse, "bhs"),
     }  # fmt: skip
-    _start("delta", Config({"BLOCK_M": 128, "BLOCK_DV": _block(size)}, 8, 1), common | own, packed)
+    _start("delta", Config({"BLOCK_M": 128, "BLOCK_DV": min(128, _block(size))}, 8, 1), common | own, packed)
     if dsinks is not None and sinks is not None:
         # A query that sees nothing, not even a sink, has normal inf and no part in this.
         shares = torch.exp2(sinks.float()[:, None] * LOG2E - normals) * deltas

@@ -10,6 +10,8 @@ length - Sq + i.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -119,9 +121,16 @@ def _attention_combine_kernel(
 
 
 def splits_for(programs: int, max_keys: int, block: int, multiprocessors: int) -> int:
-    """As many as keep every multiprocessor busy twice over, none shorter than four blocks of keys; at most 64."""
-    wanted = triton.cdiv(2 * multiprocessors, programs)
-    return max(1, min(wanted, triton.cdiv(max_keys, 4 * block), 64))
+    """The fewest that keep the multiprocessors, two programs each, within 5% as busy as any number does (the idea is
+    FlashAttention's). None is shorter than four blocks of keys; at most 64."""
+
+    def busy(splits: int) -> float:
+        waves = programs * splits / (2 * multiprocessors)
+        return waves / math.ceil(waves)
+
+    numbers = range(1, max(1, min(triton.cdiv(max_keys, 4 * block), 64)) + 1)
+    enough = 0.95 * max(map(busy, numbers))
+    return next(splits for splits in numbers if busy(splits) >= enough)
 
 
 def attention_kvcache_fwd(

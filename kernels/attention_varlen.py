@@ -24,6 +24,11 @@ def _slopes(slopes: Tensor | None) -> Tensor | None:
     return torch.cat([slopes, slopes.new_zeros(1, slopes.shape[1])])
 
 
+def describe(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, seed: Tensor | None, scores: Scores) -> str:
+    """Which of the kernels runs, where a chip has two; else nothing."""
+    return attention.describe(*map(_dense, (q, k, v)), None, _slopes(slopes), seed, scores)
+
+
 def attention_varlen_fwd(
     out: Tensor,  # (total_q, H, DV)
     lse: Tensor,  # (H, total_q) float32

@@ -9,13 +9,12 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
+import machine_code
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -30,7 +29,6 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "sm_120": 101_376, "gfx942": 65_536}
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TYPES = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.uint8: "*u8",
     torch.int32: "*i32", torch.int64: "*i64",
@@ -43,6 +41,9 @@ class Resources:
     spills: int  # bytes of stack frame and spills, on AMD the number of spilled registers
     shared: int
     matrix: str  # the matrix instructions that were found
+    loop_spills: int = 0  # loads and stores of spills in the main loop
+    copies: bool = False  # whether the copy engine (TMA) reads tiles
+    regrouped: bool = False  # whether warps hand registers to each other, as specialised ones do
 
 
 def record(target: str, run: Callable[[], None]) -> list[Launch]:
@@ -81,12 +82,12 @@ def compile(launch: Launch, target: str) -> Resources:
         registers = max(int(n) for n in re.findall(r"\.vgpr_count:\s*(\d+)", text))
         return Resources(registers, spills, compiled.metadata.shared, "MFMA" if "v_mfma_" in text else "")
     with cubin(compiled.asm["cubin"]) as path:
-        usage = subprocess.run([CUOBJDUMP, "-res-usage", path], capture_output=True, text=True, check=True).stdout
-        sass = subprocess.run([CUOBJDUMP, "--dump-sass", path], capture_output=True, text=True, check=True).stdout
-    number = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    spills = number["STACK"] + number["LOCAL"]
-    matrix = " ".join(name for name in ("HGMMA", "UTCHMMA", "HMMA") if re.search(rf"\b{name}\b", sass))
-    return Resources(number["REG"], spills, compiled.metadata.shared, matrix)
+        (kernel,) = machine_code.read(path, target).values()
+    matrix = [name for name in ("HGMMA", "UTCHMMA", "HMMA") if kernel.has(name)]
+    spills = kernel.main_loop().count("STL", "LDL") if matrix else 0
+    shared = compiled.metadata.shared
+    return Resources(kernel.registers, kernel.stack, shared, " ".join(matrix), spills, kernel.has("UTMALDG"),
+                     kernel.has("USETMAXREG"))  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -99,7 +100,7 @@ def cubin(data: bytes) -> Iterator[str]:
 
 # What is compiled: every entry of the tables, by running the launchers on every kind of argument that selects one.
 
-SIZES = (64, 128, 256)
+SIZES = (64, 128, 256, 512)
 VARIANTS: dict[str, dict] = {
     "causal": {},
     "window": {"left": 512},
@@ -116,6 +117,11 @@ VARIANTS: dict[str, dict] = {
 
 def _empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _gradient(out: torch.Tensor) -> torch.Tensor:
+    """Where the gradient of an output lies."""
+    return out
 
 
 def training(
@@ -145,7 +151,7 @@ def training(
     )
     attention.attention_fwd(out, lse, q, k, v, *rest)
     dsinks, dlse = (None, None) if sink is None else (torch.empty_like(sink), lse)
-    attention.attention_bwd(q, k, v, dsinks, out, dlse, q, k, v, out, lse, *rest)
+    attention.attention_bwd(q, k, v, dsinks, _gradient(out), dlse, q, k, v, out, lse, *rest)
 
 
 def decoding(size: int, group: int, dtype=torch.bfloat16) -> None:
@@ -161,6 +167,13 @@ def decoding(size: int, group: int, dtype=torch.bfloat16) -> None:
 def jobs(target: str, everything: bool) -> Iterator[tuple[str, str, int, Launch]]:
     """(target, variant, head size, launch). Without `everything`: head size 128 of each chip, and more of Hopper."""
 
+    seen: set[str] = set()
+
+    def new(launch: Launch) -> bool:
+        """Whether none of the same text came before it, as of small kernels that do not know the head size."""
+        text = launch.text()
+        return not (text in seen or seen.add(text))
+
     def wanted(variant: str, size: int) -> bool:
         if target == "sm_90":
             return variant == "causal" or (size == 128 and variant in ("varlen", "mask", "dropout", "decode"))
@@ -170,7 +183,7 @@ def jobs(target: str, everything: bool) -> Iterator[tuple[str, str, int, Launch]
         for size in SIZES:
             if everything or wanted(variant, size):
                 for launch in record(target, lambda size=size, arguments=arguments: training(size, **arguments)):
-                    if variant in ("causal", "sinks") or "delta" not in launch.kernel.__name__:
+                    if (variant in ("causal", "sinks") or "delta" not in launch.kernel.__name__) and new(launch):
                         yield target, variant, size, launch
     for size in SIZES:
         for variant, group, dtype in (
@@ -180,7 +193,7 @@ def jobs(target: str, everything: bool) -> Iterator[tuple[str, str, int, Launch]
         ):
             if everything or wanted(variant, size):
                 for launch in record(target, lambda size=size, group=group, dtype=dtype: decoding(size, group, dtype)):
-                    if "combine" not in launch.kernel.__name__ or (variant, size) == ("decode", 128):
+                    if ("combine" not in launch.kernel.__name__ or (variant, size) == ("decode", 128)) and new(launch):
                         yield target, variant, size, launch
 
 

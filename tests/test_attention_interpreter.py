@@ -104,9 +104,55 @@ if INSIDE:
         check_varlen((5, 0, 70, 33), (50, 4, 0, 33), names)
         check_varlen((1, 40, 17), None, names, dtype=torch.float16)
 
+    @pytest.fixture
+    def specialised(monkeypatch) -> list[str]:
+        """Hopper's kernels, in small tiles, for every call; gives the names of what is launched."""
+        from fastllm.kernels import _attention_config, _utils, attention
+
+        launched, launch = [], _utils.launch
+
+        def listen(kernel, *args, **kwargs):
+            launched.append(kernel.fn.__name__.strip("_").removesuffix("_kernel"))
+            launch(kernel, *args, **kwargs)
+
+        small = {"fwd": (32, 16), "dkdv": (16, 32), "dq": (32, 16)}
+        tiles = {kind: [_attention_config._c(*blocks, 1, 1, True)] for kind, blocks in small.items()}
+        monkeypatch.setattr(_utils, "launch", listen)
+        monkeypatch.setattr(attention, "unsuited", lambda chip, args: None)
+        monkeypatch.setattr(attention, "SPECIALISED", tiles)
+        return launched
+
+    HOPPER = {"attention_fwd_hopper", "attention_delta", "attention_dkdv_hopper", "attention_dq_hopper"}
+
+    @pytest.mark.parametrize("case", shared_out([
+        {"names": ("causal", "gqa"), "shape": (1, 4, 70, 70)},
+        {"names": ("window", "gqa"), "shape": (1, 4, 33, 65)},
+        {"names": ("causal", "bottom_right"), "shape": (1, 1, 70, 33)},  # rows without keys
+        {"names": ("causal", "sinks"), "shape": (2, 2, 37, 37)},
+        {"shape": (1, 1, 33, 70), "window_size": (5, 3)},
+        {"shape": (1, 2, 40, 40), "size": 128, "bshd": True},
+    ]), ids=str)  # fmt: skip
+    def test_specialised_kernels(specialised, case):
+        case = {"size": 64, **case}
+        check(case.pop("names", ()), dtype=torch.float16, **case)
+        assert set(specialised) == HOPPER
+
+    @pytest.mark.parametrize("names", shared_out([("gqa", "causal"), ("window", "gqa", "sinks")]), ids=str)
+    def test_specialised_kernels_of_packed_sequences(specialised, names):
+        check_varlen((5, 0, 70, 33), (50, 4, 0, 33), names, size=64, dtype=torch.float16)
+        assert set(specialised) == {*HOPPER, "packed_tiles"}
+
+    @pytest.mark.parametrize("case", shared_out([
+        {"shape": (1, 1, 20, 20), "size": 512, "names": ("causal",)},
+        {"shape": (1, 2, 17, 33), "size": 300, "value_size": 512, "names": ("gqa", "softcap")},
+    ]), ids=str)  # fmt: skip
+    def test_wide_heads(case):
+        check(case.pop("names"), **case)
+
     @pytest.mark.parametrize("case", shared_out([
         {"lengths": (1, 50, 99)},
         {"lengths": (0, 5, 100), "size": 40},
+        {"lengths": (5, 60), "size": 512},
         {"lengths": (40, 50, 60), "rows": 3, "new": 3, "names": ("causal",)},
         {"lengths": (0, 50, 60), "rows": 5, "new": 5, "names": ("causal", "sinks")},
         {"lengths": (30, 90), "names": ("window", "alibi")},
@@ -180,6 +226,35 @@ if INSIDE:
             assert lse[0, 0, 3] == -torch.inf
             assert not any(x.isnan().any() for x in (out, lse, *grads))
             assert grads[3][0] == 0
+
+        def test_another_sequences_nan_stays_there(specialised):
+            q, k, v = (torch.randn(40, 2, 64, dtype=torch.float16, requires_grad=True) for _ in range(3))
+            cu, dout = cumulative((17, 23)), torch.randn(40, 2, 64, dtype=torch.float16)
+            dout[17:] = torch.nan
+            grads = torch.autograd.grad(ops.attention_varlen(q, k, v, cu, cu, 23, 23, is_causal=True), (q, k, v), dout)
+            for grad in grads:
+                assert not grad[:17].isnan().any()
+                assert grad[17:].isnan().any()
+
+        def test_a_table_of_packed_sequences_is_made_once_for_what_has_not_changed():
+            from fastllm.kernels._attention_packed import packed_tiles
+
+            cu_q, cu_k = cumulative((5, 0, 70, 33)), cumulative((50, 4, 0, 33))
+            table = packed_tiles(cu_q, cu_k, 120, 90, 32, False)
+            assert table.tolist() == [
+                [0, 0, 0, 0, 5, 50], [3, 1, 75, 54, 33, 33], [3, 0, 75, 54, 33, 33], [2, 2, 5, 54, 70, 0],
+                [2, 1, 5, 54, 70, 0], [2, 0, 5, 54, 70, 0], [4, 0, 108, 87, 12, 0], [0] * 6,
+            ]  # fmt: skip
+            keys = packed_tiles(cu_q, cu_k, 120, 90, 32, True)
+            assert keys[:3].tolist() == [[3, 1, 75, 54, 33, 33], [3, 0, 75, 54, 33, 33], [0, 1, 0, 0, 5, 50]]
+            assert packed_tiles(cu_q, cu_k, 120, 90, 32, False) is table
+            assert packed_tiles(cu_q.clone(), cu_k, 120, 90, 32, False) is not table
+            cu_q[1] = 4
+            assert packed_tiles(cu_q, cu_k, 120, 90, 32, False)[0, 4] == 4
+            with torch.inference_mode():
+                cu_q = cumulative((5, 2))
+                table = packed_tiles(cu_q, cu_q, 7, 7, 32, False)
+                assert packed_tiles(cu_q, cu_q, 7, 7, 32, False) is not table
 
         def test_no_sequences():
             q, k, v = (torch.randn(3, 2, 16, requires_grad=True) for _ in range(3))

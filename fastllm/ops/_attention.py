@@ -20,6 +20,9 @@ def short(dtype: torch.dtype) -> str:
 
 # Backends
 
+FLOAT32_WIDE = 131_072
+"""Bytes of shared memory that the backward takes of float32 heads of more than 256: four of its smallest tiles."""
+
 
 def triton_supports(query: Tensor, key: Tensor, value: Tensor, mask_grad: bool, scale: float) -> str | None:
     """Why the Triton kernels cannot run this, or None."""
@@ -30,8 +33,13 @@ def triton_supports(query: Tensor, key: Tensor, value: Tensor, mask_grad: bool, 
         return "Triton's interpreter multiplies bfloat16 matrices wrongly"
     if query.dtype not in backends.KERNEL_DTYPES:
         return f"query must be float32, bfloat16 or float16, got {short(query.dtype)}"
-    if query.shape[-1] > 256 or value.shape[-1] > 256:
-        return f"head sizes go to 256, got {query.shape[-1]} and {value.shape[-1]}"
+    if query.shape[-1] > 512 or value.shape[-1] > 512:
+        return f"head sizes go to 512, got {query.shape[-1]} and {value.shape[-1]}"
+    if query.dtype == torch.float32 and max(query.shape[-1], value.shape[-1]) > 256 and query.device.type == "cuda":
+        properties = torch.cuda.get_device_properties(query.device)
+        shared = getattr(properties, "shared_memory_per_block_optin", 65536)  # AMD's have no other number
+        if shared < FLOAT32_WIDE:
+            return f"float32 heads of more than 256 take {FLOAT32_WIDE} bytes of shared memory, the device has {shared}"
     if mask_grad:
         return "attn_mask requires grad, which the kernels do not compute"
     if not scale > 0:

@@ -65,6 +65,12 @@ def _triton_fwd(query, key, value, attn_mask, sinks, slopes, seed, mask_grad, *s
     return out, lse
 
 
+def _triton_kernel(query, key, value, attn_mask, sinks, slopes, seed, mask_grad, *scores):
+    from fastllm.kernels import attention as kernels
+
+    return kernels.describe(query, key, value, attn_mask, slopes, seed, kernels.Scores(*scores))
+
+
 def _triton_bwd(dout, dlse, query, key, value, out, lse, attn_mask, sinks, slopes, seed, mask_grad, *scores):
     args = (dout, dlse, query, key, value, out, lse, attn_mask, sinks, slopes, seed)
     if not query.numel() or not key.numel():
@@ -99,7 +105,7 @@ _fwd = Op(
     reference=_fwd_reference,
     fake=_fwd_fake,
     backends=(
-        Backend("triton", _triton_fwd_supports, _triton_fwd),
+        Backend("triton", _triton_fwd_supports, _triton_fwd, kernel=_triton_kernel),
         Backend("torch", _sdpa_fwd_supports, _sdpa_fwd),
     ),
 )

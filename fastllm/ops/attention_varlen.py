@@ -65,6 +65,12 @@ def _triton_bwd(dout, dlse, query, key, value, out, lse, cu_q, cu_k, sinks, slop
     return outputs
 
 
+def _triton_kernel(query, key, value, cu_q, cu_k, sinks, slopes, seed, max_q, max_k, *scores):
+    from fastllm.kernels import attention_varlen as kernels
+
+    return kernels.describe(query, key, value, slopes, seed, kernels.Scores(*scores))
+
+
 def _sequences(cu_q: Tensor, cu_k: Tensor):
     bounds_q, bounds_k = cu_q.tolist(), cu_k.tolist()
     for n in range(len(bounds_q) - 1):
@@ -120,7 +126,7 @@ _fwd = Op(
     reference=reference.attention_varlen_fwd,
     fake=_fwd_fake,
     backends=(
-        Backend("triton", _triton_fwd_supports, _triton_fwd),
+        Backend("triton", _triton_fwd_supports, _triton_fwd, kernel=_triton_kernel),
         Backend("torch", _sdpa_fwd_supports, _sdpa_fwd),
     ),
 )

@@ -42,7 +42,10 @@ class Launch:
     def text(self) -> str:
         """What the JIT specialises on, as JSON: dtypes, alignment, which integers are 1, a multiple of 16 or long."""
         values = {**self.args, **self.config.blocks}
-        args = {p.name: _specialised(values[p.name], p.is_constexpr) for p in self.kernel.params}
+        args = {
+            p.name: 3 if p.do_not_specialize else _specialised(values[p.name], p.is_constexpr)
+            for p in self.kernel.params
+        }
         options = {"num_warps": self.config.warps, "num_stages": self.config.stages, "enable_fp_fusion": self.fusion}
         kernel = f"{self.kernel.fn.__module__}:{self.kernel.fn.__name__}"
         return json.dumps({"kernel": kernel, "args": args, "options": options})

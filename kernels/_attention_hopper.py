@@ -13,6 +13,9 @@ import triton.language as tl
 
 from fastllm.kernels._attention_tiles import _key_span, _program, _query_span, _scratch_row
 
+# A length of 1 that the compiler knows of leaves nothing of what it is to divide among warps.
+_LENGTHS = ["heads", "group", "seq_q", "seq_k", "blocks", "window_left", "window_right"]
+
 
 @triton.jit
 def _rows(pointer, rows, stride, BLOCK: tl.constexpr, D: tl.constexpr):
@@ -20,7 +23,7 @@ def _rows(pointer, rows, stride, BLOCK: tl.constexpr, D: tl.constexpr):
     return tl.make_tensor_descriptor(pointer, [tl.maximum(rows, 1), D], [stride, 1], [BLOCK, D])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_LENGTHS)
 def _attention_fwd_hopper_kernel(
     q, k, v, o, lse, sinks, tiles,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
@@ -76,7 +79,7 @@ def _attention_fwd_hopper_kernel(
     tl.store(lse + rows, (top + tl.log2(total)) * 0.6931471805599453, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_LENGTHS)
 def _attention_dkdv_hopper_kernel(
     q, k, v, do, normals, deltas, dk, dv, tiles,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
@@ -147,7 +150,7 @@ def _attention_dkdv_hopper_kernel(
     tl.store(dv + rows * stride_dvs + tl.arange(0, DV)[None, :], grad_v.to(dv.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_LENGTHS)
 def _attention_dq_hopper_kernel(
     q, k, v, do, normals, deltas, dq, tiles,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,

@@ -58,12 +58,15 @@ def source(launch: Launch) -> triton.compiler.ASTSource:
     values = {**launch.args, **launch.config.blocks}
     for position, parameter in enumerate(launch.kernel.params):
         name, value = parameter.name, values[parameter.name]
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        one = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or one:
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[name] = TYPES[value.dtype]
             if aligned(value):
                 attributes[position,] = [["tt.divisibility", 16]]
+        elif parameter.do_not_specialize:
+            signature[name] = "i32"
         elif isinstance(value, int):
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if value % 16 == 0:
@@ -126,23 +129,24 @@ def _gradient(out: torch.Tensor) -> torch.Tensor:
 
 def training(
     size: int, dtype=torch.bfloat16, left=-1, right=0, mask=False, softcap=0.0, alibi=False, dropout=0.0, sinks=False,
-    varlen=False, odd=False,
+    varlen=False, odd=False, rows=4096, keys=4096, kv_heads=4,
 ) -> None:  # fmt: skip
     """Forward and backward of (B, S, H, D) views with grouped heads. `sinks` comes with a gradient of lse; `odd`: head
     sizes below a power of two, the value's another than the key's."""
     from fastllm.kernels import attention
 
-    batch, rows, heads, kv_heads = (1 if varlen else 2), 4096, 16, 4
+    batch, heads = (1 if varlen else 2), 16
 
-    def draw(heads: int, size: int) -> torch.Tensor:
+    def draw(rows: int, heads: int, size: int) -> torch.Tensor:
         return _empty(batch, rows, heads, size, dtype=dtype).transpose(1, 2)
 
     value_size = size - 8 if odd else size
     size = size - 24 if odd else size
-    q, k, v, out = draw(heads, size), draw(kv_heads, size), draw(kv_heads, value_size), draw(heads, value_size)
+    q, out = draw(rows, heads, size), draw(rows, heads, value_size)
+    k, v = draw(keys, kv_heads, size), draw(keys, kv_heads, value_size)
     lse, sink = _empty(batch, heads, rows, dtype=torch.float32), _empty(heads) if sinks else None
     rest = (
-        _empty(batch, 1, rows, rows, dtype=dtype).expand(batch, heads, rows, rows) if mask else None,
+        _empty(batch, 1, rows, keys, dtype=dtype).expand(batch, heads, rows, keys) if mask else None,
         sink,
         _empty(batch, heads, dtype=torch.float32) if alibi else None,
         _empty(1, dtype=torch.int64) if dropout else None,

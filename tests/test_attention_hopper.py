@@ -42,6 +42,29 @@ def test_machine_code(kind, size):
     assert kernel.widths("STG").keys() <= {32, 128}  # lse, and rows of 16 bytes
 
 
+@pytest.mark.skipif(machine_code.find_tool() is None, reason="no cuobjdump")
+@pytest.mark.parametrize("kind", ["dkdv", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("fwd", "dq"))])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"rows": 1},
+        pytest.param({"keys": 1}, marks=pytest.mark.slow),
+        pytest.param({"kv_heads": 16}, marks=pytest.mark.slow),
+        pytest.param({"kv_heads": 16, "varlen": True, "left": 256}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_one_of_anything_compiles(kind, sizes):
+    """Numbers that are 1 are constants to Triton, unless it is told otherwise."""
+    launches = aot.record("sm_90", lambda: aot.training(128, **sizes))
+    (launch,) = [launch for launch in launches if launch.kernel.fn.__name__ == f"_attention_{kind}_hopper_kernel"]
+    found = aot.compile(launch, "sm_90")
+    assert found.copies
+    assert found.regrouped
+    assert found.spills <= 24
+    assert found.loop_spills == 0
+
+
 def test_which_calls_take_it(monkeypatch):
     monkeypatch.setattr(_utils, "chip", lambda device: ("cuda", 90))
     monkeypatch.setattr(_triton, "device_reason", lambda x: None)

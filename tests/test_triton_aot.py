@@ -26,6 +26,7 @@ def cross_entropy() -> None:
             for softcap, mean in ((0.0, None), (30.0, row)):
                 kernels.cross_entropy_fwd(row, row, row, mean, logits, target, softcap)
                 kernels.cross_entropy_bwd(logits, row, row, mean, logits, target, row, row, softcap)
+                kernels.cross_entropy_loss(row, row, row, mean, logits, target, row, 0.1, 1e-4, softcap)
 
 
 def gated_activations() -> None:

@@ -182,7 +182,9 @@ else:
 
     @pytest.mark.parametrize("stats", [0, 1])
     @pytest.mark.parametrize(
-        "options", [*(pytest.param(o, marks=pytest.mark.slow) for o in linear.OPTIONS[:-1]), linear.OPTIONS[-1]], ids=str
+        "options",
+        [*(pytest.param(o, marks=pytest.mark.slow) for o in linear.OPTIONS[:-1]), linear.OPTIONS[-1]],
+        ids=str,
     )
     def test_loss_and_gradient_of_a_row_by_one_kernel_and_by_two(options, stats, monkeypatch):
         from fastllm.kernels import cross_entropy

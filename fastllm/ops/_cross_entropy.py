@@ -54,14 +54,18 @@ def launch_fwd(outputs, logits, target, softcap):
     """Writes the stats of all rows into `outputs`, by a Triton kernel."""
     from fastllm.kernels import cross_entropy as kernels
 
-    kernels.cross_entropy_fwd(*_wanted(outputs), _dense(logits), target, softcap)
+    top, lse, picked, mean = _wanted(outputs)
+    kernels.cross_entropy_fwd(top, lse, picked, mean, _dense(logits), target, softcap)
 
 
 def launch_loss(outputs, logits, target, scale, label_smoothing, z_loss, softcap):
     """The same, and the gradient of the loss over the logits, whose rows are dense."""
     from fastllm.kernels import cross_entropy as kernels
 
-    kernels.cross_entropy_loss(*_wanted(outputs), logits, target, scale, label_smoothing, z_loss, softcap)
+    top, lse, picked, mean = _wanted(outputs)
+    kernels.cross_entropy_loss(
+        top, lse, picked, mean, logits, target, scale, label_smoothing, z_loss, softcap
+    )  # fmt: skip
 
 
 def _wanted(outputs):

@@ -192,7 +192,7 @@ def _bwd(dlse, dpicked, dmean, input, weight, bias, target, top, lse, softcap, c
         upstream = dlse[rows], dpicked[rows], None if dmean is None else dmean[rows]
         _ce.stats_bwd_in_place(*upstream, logits, target[rows], top[rows], lse[rows], softcap)
         grads.add(logits, rows)
-    logits = None  # their memory is the result's
+    logits = input.new_empty(0)  # their memory is the result's
     return grads.result()
 
 
@@ -205,7 +205,7 @@ def _fwd_bwd(input, weight, bias, target, scale, label_smoothing, z_loss, softca
         upstream = reference.loss_gradients(scale[rows], *shift, label_smoothing, z_loss)
         _ce.stats_bwd_in_place(*upstream, logits, target[rows], *shift, softcap)
         grads.add(logits, rows)
-    logits = None  # their memory is the result's
+    logits = input.new_empty(0)  # their memory is the result's
     return *outputs, *grads.result()
 
 
@@ -220,7 +220,7 @@ def _fwd_bwd_triton(input, weight, bias, target, scale, label_smoothing, z_loss,
         chunk = [output[rows] for output in outputs]
         _ce.launch_loss(chunk, logits, target[rows], scale[rows], label_smoothing, z_loss, softcap)
         grads.add(logits, rows)
-    logits = None  # their memory is the result's
+    logits = input.new_empty(0)  # their memory is the result's
     return *outputs, *grads.result()
 
 

@@ -158,6 +158,7 @@ def rotary(
         start(config, *(x.new_empty_strided(x.shape, x.stride()) for x in targets))
 
     key = ("rotary", *_utils.chip(q.device), str(q.dtype), heads, kv_heads, half, size, interleaved, copy)
+    key += (q.stride(1) < q.stride(2),)
     start(_utils.choose(key, config(), CANDIDATES, start_apart), *targets)
     for target, out in zip(targets, (q_out, k_out), strict=True):
         if target is not out:

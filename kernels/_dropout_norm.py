@@ -106,16 +106,15 @@ def _c(n: int, warps: int, **more: int) -> Config:
     return Config({"BLOCK": max(128, triton.next_power_of_2(n)), **more}, warps, 1)
 
 
-def _warps(n: int) -> int:
-    """16 elements for a thread, or as many as 16 warps need."""
-    return 1 if _utils.interpreted() else min(16, max(1, triton.next_power_of_2(n) // 512))
+def _warps(x: Tensor) -> int:
+    """32 bytes for a thread, or as many as 16 warps need."""
+    row = triton.next_power_of_2(x.shape[-1]) * x.element_size()
+    return 1 if _utils.interpreted() else min(16, max(1, row // 1024))
 
 
 def _stages(x: Tensor) -> int:
-    """Two, where a row of each of four tensors fits beside another program's, and registers last for it: 8,192 elements
-    in float32 would spill 136 bytes. AMD's 64 KiB of shared memory are too few."""
-    fits = x.shape[-1] * x.element_size() <= 2**14
-    return 2 if fits and _utils.chip(x.device)[0] == "cuda" else 1
+    """Two, with 16 bits: float32 would spill. AMD's 64 KiB of shared memory are too few."""
+    return 2 if x.element_size() == 2 and _utils.chip(x.device)[0] == "cuda" else 1
 
 
 def _candidates(n: int) -> list[Config]:
@@ -155,7 +154,7 @@ def fwd(
         )  # fmt: skip
 
     key = ("dropout_norm_fwd", *_utils.chip(x.device), str(x.dtype), n, mean is None, weight is None, bias is None)
-    start(_utils.choose(key, _c(n, _warps(n)), _candidates(n), start))
+    start(_utils.choose(key, _c(n, _warps(x)), _candidates(n), start))
 
 
 def bwd(
@@ -194,7 +193,7 @@ def bwd(
 
     wanted = dweight.numel() > 0, dbias.numel() > 0
     key = ("dropout_norm_bwd", *_utils.chip(dy.device), str(dy.dtype), n, mean is None, dtotal is None, *wanted)
-    parts = start(_utils.choose(key, _c(n, _warps(n), STAGES=_stages(dy)), _bwd_candidates(n), start))
+    parts = start(_utils.choose(key, _c(n, _warps(dy), STAGES=_stages(dy)), _bwd_candidates(n), start))
     for grad, part in zip((dweight, dbias), parts, strict=True):
         if part is not None:
             grad.copy_(part.sum(0))

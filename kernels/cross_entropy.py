@@ -8,7 +8,7 @@ fastllm/reference/cross_entropy.py).
 A program walks along one row. A target outside [0, n) picks nothing.
 
 A row is cut into groups of 16 bytes of memory, wherever it starts: those that are the row's alone are its body, which
-is read 16 bytes at a time, REPEAT such groups of each of THREADS threads a step. The first group and the last, which
+is read 16 bytes at a time, REPEAT groups of each of THREADS threads a step. The first group and the last, which
 the row may share with its neighbours, are its edges, one element a thread. Column j is element k = j + lead of the
 groups: `lead` elements of the first one are the row's before.
 """
@@ -52,10 +52,8 @@ def _edges(lead, last, n, GROUP: tl.constexpr, THREADS: tl.constexpr):
 
 @triton.jit
 def _body(GROUP: tl.constexpr, REPEAT: tl.constexpr, THREADS: tl.constexpr):
-    """The elements of a step, counted from its first. What is summed over the first and the last dimension is one
-    thread's."""
-    repeat = tl.arange(0, REPEAT)[:, None, None] * (THREADS * GROUP)
-    return repeat + tl.arange(0, THREADS)[None, :, None] * GROUP + tl.arange(0, GROUP)[None, None, :]
+    """The elements of a step, counted from its first. A group is one thread's."""
+    return tl.arange(0, REPEAT * THREADS)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
 
 
 @triton.jit
@@ -68,16 +66,18 @@ def _stats(
     logits, start, n, softcap, CAPPED: tl.constexpr, MEAN: tl.constexpr, GROUP: tl.constexpr, REPEAT: tl.constexpr,
     THREADS: tl.constexpr, EVICTION: tl.constexpr,
 ):  # fmt: skip
-    """top, lse and mean of the row at `start`. Every thread has a top of its own until the end."""
+    """top, lse and mean of the row at `start`. The groups at one place of the steps have a top of their own until the
+    end, so that no thread waits for another."""
     first, lead, last = _groups(start, n, GROUP)
     logits += first
     edge, inside = _edges(lead, last, n, GROUP, THREADS)
     edge_x = tl.load(logits + edge, mask=inside, other=float("-inf"), eviction_policy=EVICTION)
-    highest = tl.where(inside, _capped(edge_x, softcap, CAPPED), float("-inf"))
-    shift = _finite(highest)
-    total = tl.exp2((highest - shift) * 1.4426950408889634)
-    count = tl.where(inside, 1.0, 0.0)
-    total_t = tl.where(inside, highest - shift, 0.0)
+    edge_t = tl.where(inside, _capped(edge_x, softcap, CAPPED), float("-inf"))
+    highest = tl.full([REPEAT * THREADS], float("-inf"), tl.float32)
+    shift = tl.zeros([REPEAT * THREADS], tl.float32)
+    total = tl.zeros([REPEAT * THREADS], tl.float32)
+    total_t = tl.zeros([REPEAT * THREADS], tl.float32)
+    count = tl.zeros([REPEAT * THREADS], tl.float32)
     step = _body(GROUP, REPEAT, THREADS)
     for at in range(GROUP, last, REPEAT * THREADS * GROUP):
         k = at + step
@@ -86,17 +86,19 @@ def _stats(
         if CAPPED:
             t = tl.where(k < last, t, float("-inf"))
         before, shift_before = highest, shift
-        highest = tl.maximum(highest, tl.max(tl.max(t, 2), 0))
+        highest = tl.maximum(highest, tl.max(t, 1))
         shift = _finite(highest)
-        t -= shift[None, :, None]
-        parts = tl.sum(tl.sum(tl.exp2(t * 1.4426950408889634), 2), 0)
+        t -= shift[:, None]
+        parts = tl.sum(tl.exp2(t * 1.4426950408889634), 1)
         total = total * tl.exp2((before - shift) * 1.4426950408889634) + parts
         if MEAN:
-            total_t += (shift_before - shift) * count + tl.sum(tl.sum(tl.where(k < last, t, 0.0), 2), 0)
-            count += tl.sum(tl.sum(tl.where(k < last, 1.0, 0.0), 2), 0)
-    top = _finite(tl.max(highest, 0))
-    lse = tl.log(tl.sum(total * tl.exp2((highest - top) * 1.4426950408889634), 0))
-    return top, lse, tl.sum(total_t + (shift - top) * count, 0) / n
+            total_t += (shift_before - shift) * count + tl.sum(tl.where(k < last, t, 0.0), 1)
+            count += tl.sum(tl.where(k < last, 1.0, 0.0), 1)
+    top = _finite(tl.maximum(tl.max(highest, 0), tl.max(edge_t, 0)))
+    sum_exp = tl.sum(total * tl.exp2((highest - top) * 1.4426950408889634), 0)
+    sum_exp += tl.sum(tl.exp2((edge_t - top) * 1.4426950408889634), 0)
+    sum_t = tl.sum(total_t + (shift - top) * count, 0) + tl.sum(tl.where(inside, edge_t - top, 0.0), 0)
+    return top, tl.log(sum_exp), sum_t / n
 
 
 @triton.jit

@@ -107,9 +107,10 @@ def _c(n: int, warps: int, **more: int) -> Config:
 
 
 def _warps(x: Tensor) -> int:
-    """32 bytes for a thread, or as many as 16 warps need."""
+    """32 bytes for each of 32 threads of a warp, or as many as 16 warps need; AMD's spill with so few."""
     row = triton.next_power_of_2(x.shape[-1]) * x.element_size()
-    return 1 if _utils.interpreted() else min(16, max(1, row // 1024))
+    few = row // (512 if _utils.chip(x.device)[0] == "hip" else 1024)
+    return 1 if _utils.interpreted() else min(16, max(1, few))
 
 
 def _stages(x: Tensor) -> int:

@@ -77,7 +77,6 @@ def _stats(
     shift = tl.zeros([REPEAT * THREADS], tl.float32)
     total = tl.zeros([REPEAT * THREADS], tl.float32)
     total_t = tl.zeros([REPEAT * THREADS], tl.float32)
-    count = tl.zeros([REPEAT * THREADS], tl.float32)
     step = _body(GROUP, REPEAT, THREADS)
     for at in range(GROUP, last, REPEAT * THREADS * GROUP):
         k = at + step
@@ -92,11 +91,13 @@ def _stats(
         parts = tl.sum(tl.exp2(t * 1.4426950408889634), 1)
         total = total * tl.exp2((before - shift) * 1.4426950408889634) + parts
         if MEAN:
-            total_t += (shift_before - shift) * count + tl.sum(tl.where(k < last, t, 0.0), 1)
-            count += tl.sum(tl.where(k < last, 1.0, 0.0), 1)
+            behind = (at - GROUP) // (REPEAT * THREADS)  # elements at each place
+            total_t += (shift_before - shift) * behind + tl.sum(tl.where(k < last, t, 0.0), 1)
     top = _finite(tl.maximum(tl.max(highest, 0), tl.max(edge_t, 0)))
     sum_exp = tl.sum(total * tl.exp2((highest - top) * 1.4426950408889634), 0)
     sum_exp += tl.sum(tl.exp2((edge_t - top) * 1.4426950408889634), 0)
+    left = tl.maximum(last - GROUP - tl.arange(0, REPEAT * THREADS) * GROUP, 0)
+    count = (left + REPEAT * THREADS * GROUP - 1) // (REPEAT * THREADS * GROUP) * GROUP
     sum_t = tl.sum(total_t + (shift - top) * count, 0) + tl.sum(tl.where(inside, edge_t - top, 0.0), 0)
     return top, tl.log(sum_exp), sum_t / n
 
@@ -234,20 +235,26 @@ def _warps(n: int, group: int, repeat: int, most: int) -> int:
     return min(most, max(1, triton.next_power_of_2(n) // (32 * group * repeat)))
 
 
-def config(n: int, group: int) -> Config:
-    """Four loads of 16 bytes in flight for each thread."""
+def config(n: int, group: int, plain: bool) -> Config:
+    """Four loads of 16 bytes in flight for each thread; two with a softcap, which would spill."""
     if _utils.interpreted():
         return _c(2, 1)
-    return _c(4, _warps(n, group, 4, 8))
+    repeat = 4 if plain else 2
+    return _c(repeat, _warps(n, group, repeat, 8))
 
 
-def loss_config(n: int, group: int) -> Config:
+def loss_config(n: int, group: int, plain: bool) -> Config:
     """Rows that are read again stay in the second-level cache (50 MB on Hopper) if few are begun at once: programs of
-    32 warps, and more than 32 registers a thread, are alone on their multiprocessor, those of 16 are two or three."""
+    32 warps, and more than 32 registers a thread, are alone on their multiprocessor, those of 16 are two or three. Two
+    loads for each thread with a softcap or label smoothing; without, that would be 32 registers. Rows above 300 KiB do
+    not stay, and are left to two kernels."""
+    size = n * (16 // group)
     if _utils.interpreted():
         return _c(2, 1, STATS=1)
-    large = n * (16 // group) > 2**17
-    return _c(4, _warps(n, group, 4, 32 if large else 16), STATS=1)
+    if size > 300 * 2**10:
+        return _c(4 if plain else 2, 8, STATS=0)
+    repeat = 4 if plain else 2
+    return _c(repeat, _warps(n, group, repeat, 32 if size > 2**17 else 16), STATS=1)
 
 
 def _start(kernel, config: Config, logits: Tensor, **args) -> None:
@@ -291,7 +298,7 @@ def cross_entropy_fwd(
         )  # fmt: skip
 
     key = _key("cross_entropy_fwd", logits, mean is None, softcap > 0)
-    start(_utils.choose(key, config(logits.shape[1], _group(logits)), CANDIDATES, start))
+    start(_utils.choose(key, config(logits.shape[1], _group(logits), softcap == 0), CANDIDATES, start))
 
 
 def cross_entropy_bwd(
@@ -312,7 +319,7 @@ def cross_entropy_bwd(
         )  # fmt: skip
 
     key = _key("cross_entropy_bwd", logits, dmean is None, softcap > 0, dlogits.stride(0) % 8)
-    default = config(logits.shape[1], _group(logits))
+    default = config(logits.shape[1], _group(logits), softcap == 0)
     start(_utils.choose(key, default, CANDIDATES, lambda config: start(config, _spare(dlogits))), dlogits)
 
 
@@ -340,5 +347,5 @@ def cross_entropy_loss(
         )  # fmt: skip
 
     key = _key("cross_entropy_loss", logits, mean is None, softcap > 0)
-    default = loss_config(logits.shape[1], _group(logits))
+    default = loss_config(logits.shape[1], _group(logits), softcap == 0 and mean is None)
     start(_utils.choose(key, default, LOSS_CANDIDATES, lambda config: start(config, _spare(logits))), logits)

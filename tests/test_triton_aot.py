@@ -19,7 +19,7 @@ def _empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 def cross_entropy() -> None:
     from fastllm.kernels import cross_entropy as kernels
 
-    for classes in (127, 1000, 50257):
+    for classes in (127, 1000, 50257, 128256):
         for dtype in (torch.float32, torch.bfloat16):
             logits, target = _empty(4096, classes, dtype=dtype), _empty(4096, dtype=torch.int64)
             row = _empty(4096, dtype=torch.float32)
@@ -27,6 +27,7 @@ def cross_entropy() -> None:
                 kernels.cross_entropy_fwd(row, row, row, mean, logits, target, softcap)
                 kernels.cross_entropy_bwd(logits, row, row, mean, logits, target, row, row, softcap)
                 kernels.cross_entropy_loss(row, row, row, mean, logits, target, row, 0.1, 1e-4, softcap)
+            kernels.cross_entropy_loss(row, row, row, row, logits, target, row, 0.1, 1e-4, 0.0)
 
 
 def gated_activations() -> None:

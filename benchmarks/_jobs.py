@@ -7,6 +7,7 @@ answer to its job.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import os
 import subprocess
@@ -113,12 +114,12 @@ def list_compiled(job: Job) -> dict[str, Any]:
 
 
 def record(job: Job) -> dict[str, Any]:
-    """Takes down what a headline case, or the tuning of an attention call, would launch; or compiles one of those."""
+    """Takes down what a headline case, or the tuning of a call, would launch; or compiles one of those."""
     from fastllm import precompile
 
     def run() -> None:
         if "tune" in job:
-            _attention(job["tune"], _try_all)
+            _tuned(job["tune"])(_try_all)
         else:
             _launches_of(_cases("cuda")[job["index"]])
 
@@ -194,6 +195,33 @@ def _attention(shape: dict[str, Any], choose: Callable) -> None:
         torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
 
 
+def _rows(call: dict[str, Any], choose: Callable) -> None:
+    """Forward and backward of an op over rows, its kernels' blocks chosen by `choose` likewise."""
+    from unittest import mock
+
+    import torch
+
+    from fastllm import ops
+    from fastllm.benchmarks import _dropout_norm, cross_entropy, linear_cross_entropy, rotary, swiglu
+    from fastllm.kernels import _utils
+
+    sizes, dtype = call["sizes"], torch.bfloat16
+    case = {
+        "cross_entropy": lambda: cross_entropy.case("cuda", *sizes, dtype),
+        "linear_cross_entropy": lambda: linear_cross_entropy.case("cuda", *sizes, dtype),
+        "swiglu": lambda: swiglu.case("cuda", sizes, dtype, "forward+backward"),
+        "rotary": lambda: rotary.case("cuda", *sizes, dtype),
+        "dropout_add_rms_norm": lambda: _dropout_norm.case(call["op"], "cuda", sizes, dtype, "forward+backward"),
+    }[call["op"]]()
+    with mock.patch.object(_utils, "choose", choose):
+        _run_on_triton(case.call or getattr(ops, case.op), case.args(), case.kwargs)
+
+
+def _tuned(call: dict[str, Any]) -> Callable[[Callable], None]:
+    """What runs a call with a `choose` of its own."""
+    return functools.partial(_rows if "op" in call else _attention, call)
+
+
 def _try_all(key: tuple, default: Any, candidates: Iterable, run: Callable) -> Any:
     for config in candidates:
         run(config)
@@ -201,7 +229,7 @@ def _try_all(key: tuple, default: Any, candidates: Iterable, run: Callable) -> A
 
 
 def tune(job: Job) -> dict[str, Any]:
-    """Times every candidate of the call's three kernels, as FASTLLM_AUTOTUNE=1 does, which it is run with. Each is
+    """Times every candidate of the call's kernels, as FASTLLM_AUTOTUNE=1 does, which it is run with. Each is
     appended to the results at once: the call's time may end before its last candidate."""
     from unittest import mock
 
@@ -227,11 +255,13 @@ def tune(job: Job) -> dict[str, Any]:
 
         with mock.patch.object(_utils, "_milliseconds", timed):
             winner = choose(key, default, candidates, run)
+        if not times:  # of another chunk, the same as before
+            return winner
         kernel = key[0] if key[0] not in found else f"{key[0]}, second pass"  # dk and dv apart
         found[kernel] = {"default": str(default), "winner": str(winner), "milliseconds": times}
         return winner
 
-    _attention(job["tune"], listening)
+    _tuned(job["tune"])(listening)
     return {"kernels": found}
 
 

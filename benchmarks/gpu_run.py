@@ -219,6 +219,16 @@ TUNED = [
     for size, causal in ((128, True), (64, True), (128, False), (256, True))
 ]
 """Attention calls whose tiles are tuned."""
+TUNED_ROWS = [
+    {"op": "cross_entropy", "sizes": (8192, 128256)},
+    {"op": "cross_entropy", "sizes": (8192, 50257)},
+    {"op": "linear_cross_entropy", "sizes": (8192, 4096, 128256)},
+    {"op": "linear_cross_entropy", "sizes": (16384, 768, 50257)},
+    {"op": "swiglu", "sizes": (8192, 14336)},
+    {"op": "rotary", "sizes": (4, 4096, 32, 8, 128)},
+    {"op": "dropout_add_rms_norm", "sizes": (8192, 4096)},
+]
+"""Calls of ops over rows whose blocks are."""
 
 
 def facts(run: Run, outcome: Outcome, deadline: float) -> None:
@@ -322,7 +332,8 @@ def autotuned(run: Run, outcome: Outcome, deadline: float) -> None:
 
 
 def tuning(run: Run, outcome: Outcome, deadline: float) -> None:
-    run.precompile(outcome, "tuning", [{"tune": shape} for shape in TUNED], JOBS, deadline)
+    calls = [{"tune": call} for call in (*TUNED, *TUNED_ROWS)]
+    run.precompile(outcome, "tuning", calls, JOBS, deadline)
     if run.rehearse:
         outcome.note = "compiled only"
         return
@@ -330,7 +341,7 @@ def tuning(run: Run, outcome: Outcome, deadline: float) -> None:
         return
     with tempfile.TemporaryDirectory() as cache:
         start = run.worker(FASTLLM_AUTOTUNE="1", FASTLLM_CACHE=cache, **{RESULTS: str(run.results)})
-        run.jobs(outcome, "tuning", [{"do": "tune", "tune": shape} for shape in TUNED], start, 1, deadline)
+        run.jobs(outcome, "tuning", [{"do": "tune", **call} for call in calls], start, 1, deadline)
 
 
 def tests(run: Run, outcome: Outcome, deadline: float) -> None:

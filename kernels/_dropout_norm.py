@@ -37,10 +37,11 @@ def _dropout_norm_fwd_kernel(
     row = tl.program_id(0).to(tl.int64)
     j = tl.arange(0, BLOCK)
     inside = j < n
+    # All that is read first, so that it arrives while Philox counts.
+    branch = tl.load(x + row * stride_x + j, mask=inside, other=0.0)
+    before = tl.load(residual + row * stride_residual + j, mask=inside, other=0.0)
     z = _factors(tl.load(seed), row, threshold, scale, BLOCK)
-    branch = tl.load(x + row * stride_x + j, mask=inside, other=0.0).to(tl.float32)
-    s = tl.where(z == 0, 0.0, branch * z)
-    s += tl.load(residual + row * stride_residual + j, mask=inside, other=0.0).to(tl.float32)
+    s = tl.where(z == 0, 0.0, branch.to(tl.float32) * z) + before.to(tl.float32)
     rounded = s.to(total.dtype.element_ty)
     tl.store(total + row * n + j, rounded, mask=inside)
     s = rounded.to(tl.float32)
@@ -64,7 +65,7 @@ def _dropout_norm_fwd_kernel(
 @triton.jit
 def _dropout_norm_bwd_kernel(
     dy, dtotal, total, mean, rstd, weight, seed, dx, dresidual, dweight, dbias, stride_dy, stride_dtotal, stride_total,
-    rows, n, threshold, scale, CENTERED: tl.constexpr, BLOCK: tl.constexpr,
+    rows, n, threshold, scale, CENTERED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     j = tl.arange(0, BLOCK)
@@ -72,7 +73,8 @@ def _dropout_norm_bwd_kernel(
     key = tl.load(seed)
     sum_dw = tl.zeros([BLOCK], tl.float32)
     sum_db = tl.zeros([BLOCK], tl.float32)
-    for row in range(program, rows, tl.num_programs(0)):
+    # With two stages, a row is on its way into shared memory while the one before is computed.
+    for row in tl.range(program, rows, tl.num_programs(0), num_stages=STAGES):
         out = tl.load(dy + row * stride_dy + j, mask=inside, other=0.0).to(tl.float32)
         row_rstd = tl.load(rstd + row)
         xhat = tl.load(total + row * stride_total + j, mask=inside, other=0.0).to(tl.float32)
@@ -100,10 +102,28 @@ def _dropout_norm_bwd_kernel(
         tl.store(dbias + program * n + j, sum_db, mask=inside)
 
 
-def config(n: int) -> Config:
-    """8 elements for a thread, or as many as 16 warps need."""
-    block = max(128, triton.next_power_of_2(n))
-    return Config({"BLOCK": block}, 1 if _utils.interpreted() else min(16, max(1, block // 256)), 1)
+def _c(n: int, warps: int, **more: int) -> Config:
+    return Config({"BLOCK": max(128, triton.next_power_of_2(n)), **more}, warps, 1)
+
+
+def _warps(x: Tensor) -> int:
+    """32 bytes for each of 32 threads of a warp, or as many as 16 warps need; AMD's spill with so few."""
+    row = triton.next_power_of_2(x.shape[-1]) * x.element_size()
+    few = row // (512 if _utils.chip(x.device)[0] == "hip" else 1024)
+    return 1 if _utils.interpreted() else min(16, max(1, few))
+
+
+def _stages(x: Tensor) -> int:
+    """Two, with 16 bits: float32 would spill. AMD's 64 KiB of shared memory are too few."""
+    return 2 if x.element_size() == 2 and _utils.chip(x.device)[0] == "cuda" else 1
+
+
+def _candidates(n: int) -> list[Config]:
+    return [_c(n, warps) for warps in (4, 8, 16)]
+
+
+def _bwd_candidates(n: int) -> list[Config]:
+    return [_c(n, warps, STAGES=stages) for warps in (4, 8, 16) for stages in (1, 2)]
 
 
 def _mask(p: float) -> dict[str, float]:
@@ -125,11 +145,17 @@ def fwd(
 ) -> None:
     x, residual = _utils.rows(x), _utils.rows(residual)
     rows, n = x.shape
-    _utils.launch(
-        _dropout_norm_fwd_kernel, (rows,), config(n), x=x, residual=residual, weight=_dense(weight),
-        bias=_dense(bias), seed=seed, y=y, total=total, mean=mean, rstd=rstd, stride_x=x.stride(0),
-        stride_residual=residual.stride(0), n=n, **_mask(p), eps=eps, CENTERED=mean is not None,
-    )  # fmt: skip
+    weight, bias = _dense(weight), _dense(bias)
+
+    def start(config: Config) -> None:
+        _utils.launch(
+            _dropout_norm_fwd_kernel, (rows,), config, x=x, residual=residual, weight=weight, bias=bias, seed=seed,
+            y=y, total=total, mean=mean, rstd=rstd, stride_x=x.stride(0), stride_residual=residual.stride(0), n=n,
+            **_mask(p), eps=eps, CENTERED=mean is not None,
+        )  # fmt: skip
+
+    key = ("dropout_norm_fwd", *_utils.chip(x.device), str(x.dtype), n, mean is None, weight is None, bias is None)
+    start(_utils.choose(key, _c(n, _warps(x)), _candidates(n), start))
 
 
 def bwd(
@@ -149,19 +175,26 @@ def bwd(
     dy, total = _utils.rows(dy), _utils.rows(total)
     dtotal = None if dtotal is None else _utils.rows(dtotal)
     rows, n = total.shape
-    chosen = config(n)
-    programs = min(rows, _utils.multiprocessors(dy.device) * max(1, 32 // chosen.warps))
-    parts = [
-        torch.empty(programs, n, dtype=torch.float32, device=dy.device) if grad.numel() else None
-        for grad in (dweight, dbias)
-    ]
-    _utils.launch(
-        _dropout_norm_bwd_kernel, (programs,), chosen, dy=dy, dtotal=dtotal, total=total,
-        mean=None if mean is None else mean.contiguous(), rstd=rstd.contiguous(), weight=_dense(weight), seed=seed,
-        dx=dx, dresidual=dresidual, dweight=parts[0], dbias=parts[1], stride_dy=dy.stride(0),
-        stride_dtotal=0 if dtotal is None else dtotal.stride(0), stride_total=total.stride(0), rows=rows, n=n,
-        **_mask(p), CENTERED=mean is not None,
-    )  # fmt: skip
+    weight, rstd, mean = _dense(weight), rstd.contiguous(), None if mean is None else mean.contiguous()
+
+    def start(config: Config) -> list[Tensor | None]:
+        # As many programs as are there at once, with up to 128 registers a thread.
+        programs = min(rows, _utils.multiprocessors(dy.device) * max(1, 16 // config.warps))
+        parts = [
+            torch.empty(programs, n, dtype=torch.float32, device=dy.device) if grad.numel() else None
+            for grad in (dweight, dbias)
+        ]
+        _utils.launch(
+            _dropout_norm_bwd_kernel, (programs,), config, dy=dy, dtotal=dtotal, total=total, mean=mean, rstd=rstd,
+            weight=weight, seed=seed, dx=dx, dresidual=dresidual, dweight=parts[0], dbias=parts[1],
+            stride_dy=dy.stride(0), stride_dtotal=0 if dtotal is None else dtotal.stride(0),
+            stride_total=total.stride(0), rows=rows, n=n, **_mask(p), CENTERED=mean is not None,
+        )  # fmt: skip
+        return parts
+
+    wanted = dweight.numel() > 0, dbias.numel() > 0
+    key = ("dropout_norm_bwd", *_utils.chip(dy.device), str(dy.dtype), n, mean is None, dtotal is None, *wanted)
+    parts = start(_utils.choose(key, _c(n, _warps(dy), STAGES=_stages(dy)), _bwd_candidates(n), start))
     for grad, part in zip((dweight, dbias), parts, strict=True):
         if part is not None:
             grad.copy_(part.sum(0))

@@ -39,8 +39,8 @@ def _activate(g, KIND: tl.constexpr):
 def _glu_fwd_kernel(
     gate, up, y, stride_gate, stride_up, n, pieces, KIND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
-    row = pid // pieces
+    pid = tl.program_id(0)
+    row = (pid // pieces).to(tl.int64)
     i = (pid % pieces) * BLOCK + tl.arange(0, BLOCK)
     g = tl.load(gate + row * stride_gate + i, mask=i < n, other=0.0).to(tl.float32)
     u = tl.load(up + row * stride_up + i, mask=i < n, other=0.0).to(tl.float32)
@@ -52,8 +52,8 @@ def _glu_fwd_kernel(
 def _glu_bwd_kernel(
     dy, gate, up, d, stride_dy, stride_gate, stride_up, n, pieces, KIND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
-    row = pid // pieces
+    pid = tl.program_id(0)
+    row = (pid // pieces).to(tl.int64)
     i = (pid % pieces) * BLOCK + tl.arange(0, BLOCK)
     out = tl.load(dy + row * stride_dy + i, mask=i < n, other=0.0).to(tl.float32)
     g = tl.load(gate + row * stride_gate + i, mask=i < n, other=0.0).to(tl.float32)
@@ -64,29 +64,36 @@ def _glu_bwd_kernel(
     tl.store(d + n, (out * value).to(d.dtype.element_ty), mask=i < n)
 
 
+def _c(block: int, warps: int) -> Config:
+    return Config({"BLOCK": block}, warps, 1)
+
+
+CANDIDATES = [_c(block, warps) for block in (1024, 2048, 4096) for warps in (4, 8)]
+
+
 def config(n: int) -> Config:
     """Up to 2,048 elements, 16 for each thread."""
     block = min(2048, max(128, triton.next_power_of_2(n)))
-    return Config({"BLOCK": block}, 1 if _utils.interpreted() else max(1, block // 512), 1)
+    return _c(block, 1 if _utils.interpreted() else max(1, block // 512))
+
+
+def _launch(kernel, kind: int, gate: Tensor, args: dict[str, Tensor]) -> None:
+    """`args` are the tensors that the kernel walks along with `gate`, each with its stride."""
+    rows, n = gate.shape
+    args = {**args, "gate": gate}
+    strides = {f"stride_{name}": x.stride(0) for name, x in args.items() if name not in ("y", "d")}
+
+    def start(config: Config) -> None:
+        pieces = triton.cdiv(n, config.blocks["BLOCK"])
+        _utils.launch(kernel, (rows * pieces,), config, **args, **strides, n=n, pieces=pieces, KIND=kind)
+
+    key = (kernel.__name__, kind, *_utils.chip(gate.device), str(gate.dtype), n, *(s % 8 for s in strides.values()))
+    start(_utils.choose(key, config(n), CANDIDATES, start))
 
 
 def fwd(kind: int, y: Tensor, gate: Tensor, up: Tensor) -> None:
-    gate, up = _utils.rows(gate), _utils.rows(up)
-    rows, n = gate.shape
-    chosen = config(n)
-    pieces = triton.cdiv(n, chosen.blocks["BLOCK"])
-    _utils.launch(
-        _glu_fwd_kernel, (rows * pieces,), chosen, gate=gate, up=up, y=y, stride_gate=gate.stride(0),
-        stride_up=up.stride(0), n=n, pieces=pieces, KIND=kind,
-    )  # fmt: skip
+    _launch(_glu_fwd_kernel, kind, _utils.rows(gate), {"up": _utils.rows(up), "y": y})
 
 
 def bwd(kind: int, d: Tensor, dy: Tensor, gate: Tensor, up: Tensor) -> None:
-    dy, gate, up = _utils.rows(dy), _utils.rows(gate), _utils.rows(up)
-    rows, n = gate.shape
-    chosen = config(n)
-    pieces = triton.cdiv(n, chosen.blocks["BLOCK"])
-    _utils.launch(
-        _glu_bwd_kernel, (rows * pieces,), chosen, dy=dy, gate=gate, up=up, d=d, stride_dy=dy.stride(0),
-        stride_gate=gate.stride(0), stride_up=up.stride(0), n=n, pieces=pieces, KIND=kind,
-    )  # fmt: skip
+    _launch(_glu_bwd_kernel, kind, _utils.rows(gate), {"dy": _utils.rows(dy), "up": _utils.rows(up), "d": d})

@@ -274,16 +274,16 @@ POINTWISE = [
     Variant("cross_entropy", "several steps, all options", _cross_entropy(70, 50257, **LOSSES)),
     Variant("cross_entropy", "one step, a row each", _cross_entropy(300, 1000, reduction="none")),
     # three chunks, the last of them short
-    Variant("linear_cross_entropy", "chunks", _linear_cross_entropy(300, 96, 9000, False, chunk_size=128)),
+    Variant("linear_cross_entropy", "chunks", _linear_cross_entropy(300, 96, 20000, False, chunk_size=128)),
     Variant("linear_cross_entropy", "chunks, all options",
-            _linear_cross_entropy(300, 96, 9000, True, chunk_size=128, **LOSSES)),
+            _linear_cross_entropy(300, 96, 20000, True, chunk_size=128, **LOSSES)),
     Variant("linear_cross_entropy", "a row each",
             _linear_cross_entropy(300, 96, 1000, True, chunk_size=128, reduction="none")),
     Variant("swiglu", "pieces", _glu(37, 5001)),
     Variant("geglu", "pieces", _glu(37, 5000)),
     Variant("geglu", "pieces, tanh", _glu(37, 5001, approximate="tanh")),
-    Variant("rotary", "blocks of heads", _rotary(20, 5, 300, 64, 32)),
-    Variant("rotary", "part of a head, interleaved", _rotary(20, 5, 300, 80, 20, interleaved=True)),
+    Variant("rotary", "blocks of heads", _rotary(130, 5, 100, 64, 32)),
+    Variant("rotary", "part of a head, interleaved", _rotary(6, 5, 301, 80, 20, interleaved=True)),
 ]  # fmt: skip
 
 VARIANTS: dict[str, dict[str, Variant]] = {op: {} for op in ops.__all__}

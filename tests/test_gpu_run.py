@@ -3,6 +3,7 @@ by `gpu_run.py --rehearse`."""
 
 from __future__ import annotations
 
+import collections
 import json
 import os
 import signal
@@ -406,6 +407,24 @@ def test_the_kernels_of_the_training_step_are_compiled_ahead():
     launches = [json.loads(text) for text in texts]
     kernels = {launch["kernel"].partition(":")[2] for launch in launches}
     assert {"_attention_fwd_kernel", "_attention_dkdv_kernel", "_attention_dq_kernel"} <= kernels
-    assert {"_cross_entropy_fwd_kernel", "_cross_entropy_bwd_kernel"} <= kernels
+    assert "_cross_entropy_loss_kernel" in kernels
     dtypes = {launch["args"]["q"]["dtype"] for launch in launches if "_attention_fwd" in launch["kernel"]}
     assert dtypes == {"bfloat16"}
+
+
+def test_every_op_over_rows_has_candidates_that_are_compiled_ahead():
+    pytest.importorskip("triton")
+    expected = {
+        "cross_entropy": {"_cross_entropy_fwd_kernel": 9, "_cross_entropy_bwd_kernel": 9},
+        "linear_cross_entropy": {"_cross_entropy_fwd_kernel": 9, "_cross_entropy_loss_kernel": 8},
+        "swiglu": {"_glu_fwd_kernel": 6, "_glu_bwd_kernel": 6},
+        "rotary": {"_rotary_kernel": 6},
+        "dropout_add_rms_norm": {"_dropout_norm_fwd_kernel": 3, "_dropout_norm_bwd_kernel": 6},
+    }
+    for call in gpu_run.TUNED_ROWS:
+        job = {"do": "record", "tune": call, "chip": ("cuda", 90)}
+        texts = _jobs.record(json.loads(json.dumps(job)))["launches"]
+        found = collections.Counter(json.loads(text)["kernel"].partition(":")[2] for text in texts)
+        for kernel, candidates in expected[call["op"]].items():
+            assert found[kernel] >= candidates, (call, found)
+    assert {call["op"] for call in gpu_run.TUNED_ROWS} == expected.keys()

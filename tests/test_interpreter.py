@@ -179,3 +179,39 @@ else:
     def test_linear_cross_entropy(reduction):
         for dtype in (torch.float32, torch.float16):
             linear.check(*linear.draw(dtype=dtype), reduction=reduction, chunk_size=7, label_smoothing=0.1)
+
+    @pytest.mark.parametrize("stats", [0, 1])
+    @pytest.mark.parametrize(
+        "options",
+        [*(pytest.param(o, marks=pytest.mark.slow) for o in linear.OPTIONS[:-1]), linear.OPTIONS[-1]],
+        ids=str,
+    )
+    def test_loss_and_gradient_of_a_row_by_one_kernel_and_by_two(options, stats, monkeypatch):
+        from fastllm.kernels import cross_entropy
+        from fastllm.kernels._utils import Config
+
+        blocks = {"REPEAT": 2, "WARPS": 1, "STATS": stats}
+        monkeypatch.setattr(cross_entropy, "loss_config", lambda *args: Config(blocks, 1, 1))
+        linear.check(*linear.draw(classes=301), chunk_size=9, **options)
+        linear.test_an_ignored_row_may_hold_anything()
+
+    @pytest.mark.parametrize(("stride", "stride_d"), [(133, 133), (134, 135), (133, 144), (136, 144)])
+    def test_rows_that_start_anywhere_are_written_and_their_neighbours_are_not(stride, stride_d):
+        from fastllm.kernels import cross_entropy
+
+        for classes in (1, 3, 7, 8, 9, 131, 133):
+            memory = torch.randn(7 * stride).half()
+            logits = memory.as_strided((6, classes), (stride, 1), 3)
+            target = torch.arange(6) % classes
+            stats = torch.empty(3, 6)
+            cross_entropy.cross_entropy_fwd(*stats, None, logits, target, 0.0)
+            torch.testing.assert_close(stats[0] + stats[1], logits.float().logsumexp(1))
+            torch.testing.assert_close(stats[0] + stats[2], logits.float().gather(1, target[:, None])[:, 0])
+            out = torch.full((7 * stride_d,), 7.0).half()
+            grad = out.as_strided((6, classes), (stride_d, 1), 5)
+            one = torch.ones(6)
+            cross_entropy.cross_entropy_bwd(grad, one, -one, None, logits, target, stats[0], stats[1], 0.0)
+            wanted = logits.float().softmax(1) - torch.nn.functional.one_hot(target, classes)
+            torch.testing.assert_close(grad.float(), wanted, rtol=2e-3, atol=1e-4)
+            grad.fill_(7.0)
+            assert out.eq(7.0).all()

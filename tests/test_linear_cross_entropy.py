@@ -6,7 +6,9 @@ import functools
 import gc
 import multiprocessing
 import os
+import sys
 import tempfile
+import warnings
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from fastllm import ops
 from fastllm.backends import OPS
 from fastllm.testing import LAYOUTS, check_op, make, poisoned_allocations
 
+module = sys.modules[ops.linear_cross_entropy.__module__]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OPTIONS = [
     {},
@@ -217,6 +220,74 @@ def test_the_weights_gradient_is_summed_in_float32():
     assert float((naive.double() - truth).abs().max() / truth.abs().max()) > 4 * errors[0], "the test can tell"
 
 
+@pytest.mark.parametrize("chunk_size", [7, 23])
+def test_the_weights_gradient_is_added_to_by_the_product_itself(monkeypatch, chunk_size):
+    """Where torch can: as on a GPU, whose product is here computed in float32."""
+    calls = []
+
+    def addmm(total, a, b, *, beta, out_dtype=None, out):
+        if out_dtype is None:
+            return original(total, a, b, beta=beta, out=out)
+        assert out_dtype == total.dtype == torch.float32
+        assert a.dtype == b.dtype == torch.bfloat16
+        calls.append(beta)
+        return original(total, a.float(), b.float(), beta=beta, out=out)
+
+    x, w, _, y = draw(dtype=torch.bfloat16)
+    w.requires_grad_()
+    (wanted,) = torch.autograd.grad(ops.linear_cross_entropy(x, w, y, chunk_size=chunk_size), w)
+    original = torch.addmm
+    monkeypatch.setattr(torch, "addmm", addmm)
+    monkeypatch.setattr(module, "_adds_in_float32", lambda x: True)
+    with poisoned_allocations():
+        (found,) = torch.autograd.grad(ops.linear_cross_entropy(x, w, y, chunk_size=chunk_size), w)
+    assert calls == ([0, 1, 1, 1] if chunk_size == 7 else [])
+    torch.testing.assert_close(found, wanted, rtol=0.02, atol=1e-3)  # products on a CPU are rounded
+
+
+def test_a_product_that_cannot_add_is_told_and_done_without(monkeypatch):
+    probe = (torch.device("cpu"), torch.bfloat16)
+    module._tried_to_add.cache_clear()
+    with pytest.warns(fastllm.FallbackWarning, match="the gradient of the weight takes a temporary one"):
+        assert not module._tried_to_add(*probe)  # torch's product of this kind is CUDA's
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not module._tried_to_add(*probe), "tried once, told once"
+    module._tried_to_add.cache_clear()
+    monkeypatch.setattr(torch, "addmm", lambda total, a, b, **kwargs: total)
+    assert module._tried_to_add(*probe)
+    module._tried_to_add.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("shape", "chunk"),
+    [
+        ((8192, 4096, 151936, 2), 8192),
+        ((8192, 4096, 128256, 2), 8192),
+        ((16384, 4096, 128256, 2), 8192),
+        ((16384, 768, 50257, 2), 5504),
+        ((0, 8, 41, 4), 128),
+        ((16384, 64, 2**20, 2), 512),
+    ],
+)
+def test_chunks_on_a_gpu(shape, chunk):
+    """One for as many rows as their logits take no more memory than the gradient's sum; then as many as fill a GPU."""
+    _, hidden, classes, itemsize = shape
+    found = module.default_chunk_size(*shape, "cuda")
+    assert found == chunk
+    assert found * classes * itemsize <= max(4 * hidden * classes, 2**30) + 127 * classes * itemsize
+
+
+def test_rows_of_logits_are_aligned_on_a_gpu():
+    """As the fast products want them; on a CPU they are dense."""
+    for device, strides in (("meta", {64, 50304}), ("cpu", {41, 50257})):
+        found = set()
+        for classes in (41, 50257):
+            x, w = torch.empty(3, 8, device=device), torch.empty(classes, 8, device=device)
+            found |= {logits.stride(0) for _, logits in module._chunks(x, w, None, 2)}
+        assert found == strides
+
+
 @pytest.mark.parametrize("factor", [1 / 3, 0.1, 1 / 7])
 def test_a_factor_scales_the_gradient_without_a_bias(factor):
     """Rounded to bfloat16 itself, it would shift all of them alike."""
@@ -311,7 +382,6 @@ print(peak() - before)
     if not os.path.exists("/proc/self/status"):
         pytest.skip("no /proc")
     import subprocess
-    import sys
 
     grown = int(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
     logits = rows * classes * 4

@@ -45,11 +45,31 @@ def _bwd_in_place_supports(dlse, dpicked, dmean, logits, target, *rest):
 def _fwd_triton(logits, target, weight, softcap, mean):
     if not logits.numel():
         return reference.cross_entropy_fwd(logits, target, weight, softcap, mean)
-    top, lse, picked, average = outputs = empty_stats(logits, mean)
+    outputs = empty_stats(logits, mean)
+    launch_fwd(outputs, logits, target, softcap)
+    return outputs
+
+
+def launch_fwd(outputs, logits, target, softcap):
+    """Writes the stats of all rows into `outputs`, by a Triton kernel."""
     from fastllm.kernels import cross_entropy as kernels
 
-    kernels.cross_entropy_fwd(top, lse, picked, average if mean else None, _dense(logits), target, softcap)
-    return outputs
+    top, lse, picked, mean = _wanted(outputs)
+    kernels.cross_entropy_fwd(top, lse, picked, mean, _dense(logits), target, softcap)
+
+
+def launch_loss(outputs, logits, target, scale, label_smoothing, z_loss, softcap):
+    """The same, and the gradient of the loss over the logits, whose rows are dense."""
+    from fastllm.kernels import cross_entropy as kernels
+
+    top, lse, picked, mean = _wanted(outputs)
+    kernels.cross_entropy_loss(
+        top, lse, picked, mean, logits, target, scale, label_smoothing, z_loss, softcap
+    )  # fmt: skip
+
+
+def _wanted(outputs):
+    return tuple([output if output.numel() else None for output in outputs])
 
 
 def _bwd_triton(dlse, dpicked, dmean, logits, target, weight, top, lse, softcap):

@@ -6,12 +6,14 @@ same for the same reason; this one leaves the products to torch and does the res
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
 
-from fastllm.backends import KERNEL_DTYPES, Backend, Op, autocasts
+from fastllm.backends import KERNEL_DTYPES, Backend, FallbackWarning, Op, autocasts
 from fastllm.ops import _cross_entropy as _ce
 from fastllm.ops import _triton, _vocab_parallel
 from fastllm.ops._arguments import check_dtype, integer
@@ -36,17 +38,51 @@ def _on_cpu(supports: Callable[..., str | None]) -> Callable[..., str | None]:
     return lambda *args: reason(*args) or supports(*args)
 
 
-def _backends(supports: Callable[..., str | None], run: Callable) -> tuple[Backend, ...]:
+def _backends(supports: Callable[..., str | None], triton: Callable, cpu: Callable) -> tuple[Backend, ...]:
     return (
-        Backend("triton", _triton.supports(supports), run),
-        Backend("cpu", _on_cpu(supports), run),
+        Backend("triton", _triton.supports(supports), triton),
+        Backend("cpu", _on_cpu(supports), cpu),
     )
 
 
+SMALL = 2**25  # bytes of logits that are not worth cutting on a CPU
+AMPLE = 2**30  # bytes of logits for which a GPU has room
+TILE = (128, 256)  # of a product on Hopper
+MULTIPROCESSORS = 132
+
+
+def default_chunk_size(rows: int, hidden: int, classes: int, itemsize: int, device: str) -> int:
+    """Rows whose logits are held at a time.
+
+    On a CPU: as many as make them half the size of the classifier's weight. Fewer would cost a read and a write of the
+    weight's gradient more often.
+
+    On a GPU: the fewest chunks whose logits take no more memory than the sum of the weight's gradients in float32,
+    which a single chunk does without, or a gibibyte. Of that many chunks or up to twice as many, those are taken that
+    keep the multiprocessors busy best: the gradient of the input has the fewest tiles of the three products, and they
+    are computed in waves of one tile for each multiprocessor."""
+    row = max(classes, 1) * itemsize
+    if device == "cpu":
+        return max(1024 // itemsize, -(-hidden // 128) * 64, SMALL // row)
+    rows = max(rows, 1)
+    fewest = -(-rows // max(4 * hidden // itemsize, AMPLE // row, TILE[0]))
+
+    def waves(chunks: int) -> int:
+        tiles = -(-rows // (chunks * TILE[0])) * -(-hidden // TILE[1])
+        return chunks * -(-tiles // MULTIPROCESSORS)
+
+    chunks = min(range(fewest, 2 * fewest + 1), key=waves)
+    return -(-rows // (chunks * TILE[0])) * TILE[0]
+
+
 def _chunks(input: Tensor, weight: Tensor, bias: Tensor | None, size: int) -> Iterator[tuple[slice, Tensor]]:
-    """Each chunk of rows with its logits, all in one buffer, which may be overwritten."""
-    count = input.shape[0]
-    buffer = input.new_empty(min(size, count), weight.shape[0])
+    """Each chunk of rows with its logits, all in one buffer, which may be overwritten. `size` 0 is the default."""
+    count, classes = input.shape[0], weight.shape[0]
+    device = input.device.type
+    size = size or default_chunk_size(count, input.shape[1], classes, input.itemsize, device)
+    # The fast products of a GPU want rows that start at a multiple of 16 bytes; these do at one of 128.
+    stride = classes if device == "cpu" else -(-classes // 64) * 64
+    buffer = input.new_empty(min(size, count), stride)[:, :classes]
     for start in range(0, count, size):
         rows = slice(start, min(start + size, count))
         logits = buffer[: rows.stop - start]
@@ -73,15 +109,46 @@ def _stats(outputs, rows, logits, target, softcap, mean) -> tuple[Tensor, Tensor
     return parts[:2]
 
 
+def _fwd_triton(input, weight, bias, target, softcap, mean, chunk_size):
+    if not weight.shape[0]:
+        return reference.linear_cross_entropy_fwd(input, weight, bias, target, softcap, mean, chunk_size)
+    outputs = _ce.empty_stats(input, mean)
+    for rows, logits in _chunks(input, weight, bias, chunk_size):
+        _ce.launch_fwd([output[rows] for output in outputs], logits, target[rows], softcap)
+    return outputs
+
+
+def _adds_in_float32(x: Tensor) -> bool:
+    """Whether `torch.addmm` adds a product of such 16-bit matrices to a float32 matrix, in place."""
+    return x.is_cuda and _tried_to_add(x.device, x.dtype)
+
+
+@functools.cache
+def _tried_to_add(device: torch.device, dtype: torch.dtype) -> bool:
+    total = torch.ones(8, 8, device=device)
+    ones = torch.ones(8, 8, dtype=dtype, device=device)
+    try:
+        torch.addmm(total, ones, ones, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        warnings.warn(
+            f"linear_cross_entropy: torch cannot add a product of {dtype} matrices to a float32 one on {device} "
+            f"({reason}); the gradient of the weight takes a temporary one",
+            FallbackWarning,
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
 class _Gradients:
     """Those of input, weight and bias, from one chunk's gradient of the logits after the other."""
 
     def __init__(self, input: Tensor, weight: Tensor, bias: Tensor | None, wanted: list[bool]):
         self.input, self.weight, self.bias = input, weight, bias
         self.dinput = input.new_empty(input.shape if wanted[0] else (0,))
-        # Sums over chunks are in float32: rounded to 16 bits after each, they would lose what is small beside them.
-        size = weight.shape if wanted[1] else (0,)
-        self.dweight = weight.new_empty(size, dtype=torch.promote_types(weight.dtype, torch.float32))
+        self.dweight = weight.new_empty(0)  # until it is known how it is summed
+        self.wants_weight = wanted[1]
         size = bias.shape if wanted[2] and bias is not None else (0,)
         self.dbias = weight.new_zeros(size, dtype=torch.float32)
         self.first = True
@@ -89,22 +156,32 @@ class _Gradients:
     def add(self, dlogits: Tensor, rows: slice) -> None:
         if self.dinput.numel():
             torch.mm(dlogits, self.weight, out=self.dinput[rows])
-        if self.dweight.numel():
+        if self.wants_weight:
             self._add_weight(dlogits.t(), self.input[rows])
         if self.dbias.numel():
             self.dbias += dlogits.sum(0, dtype=torch.float32)
         self.first = False
 
     def _add_weight(self, a: Tensor, b: Tensor) -> None:
-        if a.dtype == self.dweight.dtype:
-            torch.addmm(self.dweight, a, b, beta=0 if self.first else 1, out=self.dweight)
+        if self.first and b.shape == self.input.shape:
+            self.dweight = torch.mm(a, b)  # a single chunk: there is nothing to sum
             return
-        product = torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.mm(a, b)
-        self.dweight.copy_(product) if self.first else self.dweight.add_(product)
+        if self.first:
+            # In float32: rounded to 16 bits after each chunk, the sum would lose what is small beside it.
+            acc = torch.promote_types(a.dtype, torch.float32)
+            self.dweight = self.weight.new_empty(self.weight.shape, dtype=acc)
+        beta = 0 if self.first else 1
+        if a.dtype == self.dweight.dtype:
+            torch.addmm(self.dweight, a, b, beta=beta, out=self.dweight)
+        elif _adds_in_float32(a):
+            torch.addmm(self.dweight, a, b, beta=beta, out_dtype=torch.float32, out=self.dweight)
+        else:
+            product = torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.mm(a, b)
+            self.dweight.copy_(product) if self.first else self.dweight.add_(product)
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
-        if self.first:
-            self.dweight.zero_()
+        if self.first and self.wants_weight:
+            self.dweight = torch.zeros_like(self.weight, memory_format=torch.contiguous_format)
         dbias = self.dbias if self.bias is None else self.dbias.to(self.bias.dtype)
         return self.dinput, self.dweight.to(self.weight.dtype), dbias
 
@@ -115,6 +192,7 @@ def _bwd(dlse, dpicked, dmean, input, weight, bias, target, top, lse, softcap, c
         upstream = dlse[rows], dpicked[rows], None if dmean is None else dmean[rows]
         _ce.stats_bwd_in_place(*upstream, logits, target[rows], top[rows], lse[rows], softcap)
         grads.add(logits, rows)
+    logits = input.new_empty(0)  # their memory is the result's
     return grads.result()
 
 
@@ -127,6 +205,22 @@ def _fwd_bwd(input, weight, bias, target, scale, label_smoothing, z_loss, softca
         upstream = reference.loss_gradients(scale[rows], *shift, label_smoothing, z_loss)
         _ce.stats_bwd_in_place(*upstream, logits, target[rows], *shift, softcap)
         grads.add(logits, rows)
+    logits = input.new_empty(0)  # their memory is the result's
+    return *outputs, *grads.result()
+
+
+def _fwd_bwd_triton(input, weight, bias, target, scale, label_smoothing, z_loss, softcap, chunk_size, wanted):
+    if not weight.shape[0]:
+        return reference.linear_cross_entropy_fwd_bwd(
+            input, weight, bias, target, scale, label_smoothing, z_loss, softcap, chunk_size, wanted
+        )  # fmt: skip
+    outputs, scale = _ce.empty_stats(input, label_smoothing > 0), scale.contiguous()
+    grads = _Gradients(input, weight, bias, wanted)
+    for rows, logits in _chunks(input, weight, bias, chunk_size):
+        chunk = [output[rows] for output in outputs]
+        _ce.launch_loss(chunk, logits, target[rows], scale[rows], label_smoothing, z_loss, softcap)
+        grads.add(logits, rows)
+    logits = input.new_empty(0)  # their memory is the result's
     return *outputs, *grads.result()
 
 
@@ -143,7 +237,7 @@ _fwd_op = Op(
     "SymInt chunk_size) -> (Tensor, Tensor, Tensor, Tensor)",
     reference=reference.linear_cross_entropy_fwd,
     fake=lambda input, weight, bias, target, softcap, mean, chunk_size: _ce.empty_stats(input, mean),
-    backends=_backends(lambda input, weight, *rest: _reason(input, weight), _fwd),
+    backends=_backends(lambda input, weight, *rest: _reason(input, weight), _fwd_triton, _fwd),
 )
 _bwd_op = Op(
     "linear_cross_entropy_bwd(Tensor dlse, Tensor dpicked, Tensor? dmean, Tensor input, Tensor weight, Tensor? bias, "
@@ -153,7 +247,7 @@ _bwd_op = Op(
     fake=lambda dlse, dpicked, dmean, input, weight, bias, target, top, lse, softcap, chunk_size, wanted: _grads_fake(
         input, weight, bias, wanted
     ),
-    backends=_backends(lambda dlse, dpicked, dmean, input, weight, *rest: _reason(input, weight), _bwd),
+    backends=_backends(lambda dlse, dpicked, dmean, input, weight, *rest: _reason(input, weight), _bwd, _bwd),
 )
 _fwd_bwd_op = Op(
     "linear_cross_entropy_fwd_bwd(Tensor input, Tensor weight, Tensor? bias, Tensor target, Tensor scale, "
@@ -164,7 +258,7 @@ _fwd_bwd_op = Op(
         *_ce.empty_stats(input, label_smoothing > 0),
         *_grads_fake(input, weight, bias, wanted),
     ),
-    backends=_backends(lambda input, weight, *rest: _reason(input, weight), _fwd_bwd),
+    backends=_backends(lambda input, weight, *rest: _reason(input, weight), _fwd_bwd_triton, _fwd_bwd),
 )
 
 
@@ -274,15 +368,6 @@ def _scaled(grads: Iterable[Tensor], dloss: Tensor, always: bool = False) -> tup
     return tuple([(grad.to(dloss.dtype) * dloss).to(grad.dtype) for grad in grads])
 
 
-SMALL = 2**25  # bytes of logits that are not worth cutting
-
-
-def default_chunk_size(hidden: int, classes: int, itemsize: int) -> int:
-    """Rows a chunk: as many as make a chunk's logits half the size of the classifier's weight. Fewer would cost a read
-    and a write of the weight's gradient more often."""
-    return max(1024 // itemsize, -(-hidden // 128) * 64, SMALL // (max(classes, 1) * itemsize))
-
-
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -315,8 +400,9 @@ def linear_cross_entropy(
         linear_bias: (V,).
         weight, reduction, ignore_index, label_smoothing, z_loss, softcap, num_valid, dtype: as `cross_entropy`;
             ignore_index None is -100, as torch. Class weights do not go with label smoothing and z-loss.
-        chunk_size: rows whose logits are held at a time; default: as many as make them half the size of linear_weight,
-            at least 256 (512 for 16 bits), or 32 MiB of logits.
+        chunk_size: rows whose logits are held at a time. Default on a CPU: as many as make them half the size of
+            linear_weight, at least 256 (512 for 16 bits), or 32 MiB of logits; on a GPU: about as many as make them the
+            size of a float32 linear_weight, or 1 GiB.
         return_logprobs: also return the log-probability of each target, differentiable.
         process_group: of torch.distributed: linear_weight and linear_bias are this rank's rows of a vocabulary that is
             cut over its ranks in their order, input and target the same on all. The loss, and the gradient of input,
@@ -352,10 +438,7 @@ def linear_cross_entropy(
     shape = target.shape
     x, y = input.reshape(-1, input.shape[-1]), target.reshape(-1).long().contiguous()
     _ce.check_target(name, y, classes, ignore_index)
-    chunk = min(
-        default_chunk_size(x.shape[1], linear_weight.shape[0], x.itemsize) if chunk_size is None else chunk_size,
-        max(1, x.shape[0]),
-    )
+    chunk = 0 if chunk_size is None else min(chunk_size, max(1, x.shape[0]))
     numbers = float(label_smoothing), float(z_loss), float(softcap)
     differentiated = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (input, linear_weight, linear_bias)

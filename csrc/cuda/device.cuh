@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 namespace fastllm {
 
@@ -44,6 +45,41 @@ __device__ __forceinline__ To bits_as(From from) {
   To to;
   memcpy(&to, &from, sizeof(to));
   return to;
+}
+
+// 32 bits of memory: a float, or two numbers of 16 bits, rounded by one instruction.
+template <class T>
+__device__ __forceinline__ uint32_t word_of(const float* x) {
+  if constexpr (sizeof(T) == 4) {
+    return bits_as<uint32_t>(x[0]);
+  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return bits_as<uint32_t>(__floats2bfloat162_rn(x[0], x[1]));
+  } else {
+    return bits_as<uint32_t>(__floats2half2_rn(x[0], x[1]));
+  }
+}
+
+// Stores 4, 8 or 16 bytes by one instruction. The compiler takes a vector apart whose words are computed apart.
+template <int kWords>
+__device__ __forceinline__ void store_words(void* p, const uint32_t (&words)[kWords]) {
+  static_assert(kWords == 1 || kWords == 2 || kWords == 4);
+#ifdef FASTLLM_CUDA_EMULATION
+  memcpy(p, words, sizeof(words));
+#else
+  const auto address = __cvta_generic_to_global(p);
+  if constexpr (kWords == 4) {
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(address),
+                 "r"(words[0]),
+                 "r"(words[1]),
+                 "r"(words[2]),
+                 "r"(words[3])
+                 : "memory");
+  } else if constexpr (kWords == 2) {
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(address), "r"(words[0]), "r"(words[1]) : "memory");
+  } else {
+    asm volatile("st.global.b32 [%0], %1;" ::"l"(address), "r"(words[0]) : "memory");
+  }
+#endif
 }
 
 // kVec elements moved by one instruction: 16 bytes in the fast paths. Held as 32-bit words: as an array of 16-bit
@@ -132,6 +168,10 @@ __device__ __forceinline__ float warp_sum(float value) {
     value += __shfl_xor_sync(0xffffffffu, value, mask);
   }
   return value;
+}
+
+__device__ __forceinline__ uint32_t warp_max(uint32_t value) {
+  return __reduce_max_sync(0xffffffffu, value);
 }
 
 // Sums `kCount` values over the threads of a row: a warp (blockDim.x == 32, any number of rows a block), or a whole

@@ -9,6 +9,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <functional>
 
 #define __global__
@@ -32,7 +33,7 @@ struct Position {
 extern Position position;  // of the fiber that runs
 
 void barrier();
-float shuffle_xor(unsigned mask, float value, int lane_mask);
+uint32_t shuffle_xor(unsigned mask, uint32_t value, int lane_mask);
 void run(dim3 grid, dim3 block, const std::function<void()>& kernel);
 void note(const char* launcher, dim3 grid, dim3 block);
 
@@ -47,8 +48,22 @@ inline void __syncthreads() {
   emulation::barrier();
 }
 
-inline float __shfl_xor_sync(unsigned mask, float value, int lane_mask) {
-  return emulation::shuffle_xor(mask, value, lane_mask);
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
+  static_assert(sizeof(T) == sizeof(uint32_t));
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof(bits));
+  bits = emulation::shuffle_xor(mask, bits, lane_mask);
+  memcpy(&value, &bits, sizeof(bits));
+  return value;
+}
+
+inline uint32_t __reduce_max_sync(unsigned mask, uint32_t value) {
+  for (int lane_mask = 1; lane_mask < 32; lane_mask *= 2) {
+    const uint32_t other = emulation::shuffle_xor(mask, value, lane_mask);
+    value = other > value ? other : value;
+  }
+  return value;
 }
 
 typedef struct CUstream_st* cudaStream_t;

@@ -24,7 +24,7 @@ struct Fiber {
 
 // A warp's shuffle: two buffers, since a lane may reach the next one while others still read this one.
 struct Warp {
-  float values[2][kWarp];
+  uint32_t values[2][kWarp];
   unsigned arrived = 0, generation = 0;
 };
 
@@ -103,7 +103,7 @@ void barrier() {
   meet(arrived, generation, threads);
 }
 
-float shuffle_xor(unsigned mask, float value, int lane_mask) {
+uint32_t shuffle_xor(unsigned mask, uint32_t value, int lane_mask) {
   if (mask != 0xffffffffu || threads % kWarp != 0) {
     error = "a shuffle must take whole warps";
     yield();

@@ -116,15 +116,6 @@ __device__ __forceinline__ int find_entry(const E* entries, int count, int32_t c
   return low;
 }
 
-template <class T>
-__device__ __forceinline__ float decode_float(uint32_t bits) {
-  if constexpr (sizeof(T) == 4) {
-    return bits_as<float>(bits);
-  } else {
-    return to_float(bits_as<T>(static_cast<uint16_t>(bits)));
-  }
-}
-
 // A thread's elements, the first of which is at p, as raw bits: a pack an instruction if `vector`, else those before
 // `rest`, and zeros.
 template <class T>
@@ -170,7 +161,7 @@ struct Raw {
   __device__ __forceinline__ void get(float (&x)[kVec]) const {
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {
-      x[i] = decode_float<T>(get(i));
+      x[i] = float_of<T>(packs[i / kPack].words[i % kPack / kPerWord], i % kPerWord != 0);
     }
   }
 

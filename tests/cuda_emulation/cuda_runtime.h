@@ -31,10 +31,11 @@ struct Position {
   dim3 thread, block, block_dim, grid_dim;
 };
 extern Position position;  // of the fiber that runs
+extern char* shared;       // what the launch gives each block
 
 void barrier();
 uint32_t shuffle_xor(unsigned mask, uint32_t value, int lane_mask);
-void run(dim3 grid, dim3 block, const std::function<void()>& kernel);
+void run(dim3 grid, dim3 block, int bytes, const std::function<void()>& kernel);
 void note(const char* launcher, dim3 grid, dim3 block);
 
 }  // namespace emulation
@@ -58,12 +59,20 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
   return value;
 }
 
+inline void __syncwarp() {
+  emulation::shuffle_xor(0xffffffffu, 0u, 0);
+}
+
 inline uint32_t __reduce_max_sync(unsigned mask, uint32_t value) {
   for (int lane_mask = 1; lane_mask < 32; lane_mask *= 2) {
     const uint32_t other = emulation::shuffle_xor(mask, value, lane_mask);
     value = other > value ? other : value;
   }
   return value;
+}
+
+inline float rsqrtf(float x) {
+  return static_cast<float>(1.0 / std::sqrt(static_cast<double>(x)));
 }
 
 typedef struct CUstream_st* cudaStream_t;
@@ -77,9 +86,13 @@ inline cudaError_t cudaGetLastError() {
 namespace fastllm {
 
 template <class... Params, class... Args>
-void launch(void (*kernel)(Params...), dim3 grid, dim3 block, cudaStream_t, const Args&... args) {
+void launch_shared(void (*kernel)(Params...), dim3 grid, dim3 block, int bytes, cudaStream_t, const Args&... args) {
   emulation::note(__PRETTY_FUNCTION__, grid, block);
-  emulation::run(grid, block, [&] { kernel(static_cast<Params>(args)...); });
+  emulation::run(grid, block, bytes, [&] { kernel(static_cast<Params>(args)...); });
+}
+
+inline void* shared_bytes() {
+  return emulation::shared;
 }
 
 // A small GPU, so that persistent grids have several rows a block.
@@ -87,7 +100,7 @@ inline int multiprocessors() {
   return 3;
 }
 
-template <auto kKernel>
+template <auto kKernel, int kBytes>
 int blocks_per_multiprocessor(int) {
   return 2;
 }

@@ -83,6 +83,7 @@ __device__ __forceinline__ void add_row_sums(
 template <int kColumns>
 struct Place {
   static constexpr bool kOneRow = kColumns > 16;
+  using Row = std::conditional_t<kOneRow, int, int64_t>;  // no memory holds 2^31 rows of more than 8,192 elements
   static __device__ __forceinline__ int row() {
     return kOneRow ? 0 : threadIdx.y;
   }
@@ -98,18 +99,21 @@ struct Place {
 };
 
 // A block's rows on their way: for each thread its packs of x, dy and dsum, in shared memory that it shares with none.
+// Of x and dy there is room for the next two rows, or for one where that is as much memory as some chips have.
 template <class T, int kVec, int kPacks>
 struct Staged {
-  enum Which { kX, kDy, kDsum, kCount };
-  static constexpr int kBytes = kCount * kPacks * kMaxThreads * sizeof(Packed<T, kVec>);
+  static constexpr int kAhead = sizeof(T) * kVec * kPacks <= 32 ? 2 : 1;
+  static constexpr int kX = 0, kDy = kAhead, kDsum = 2 * kAhead;  // and which of the rows
+  static constexpr int kBytes = (kDsum + 1) * kPacks * kMaxThreads * sizeof(Packed<T, kVec>);
+  static_assert(kBytes <= 96 << 10);
   Packed<T, kVec>* packs = static_cast<Packed<T, kVec>*>(shared_bytes());
 
-  __device__ __forceinline__ Packed<T, kVec>* at(Which which, int p) const {
+  __device__ __forceinline__ Packed<T, kVec>* at(int which, int p) const {
     return packs + (which * kPacks + p) * kMaxThreads + Place<kVec * kPacks>::thread();
   }
 
   // Asks for a row's packs from `col` on, `step` elements apart.
-  __device__ __forceinline__ void fetch(Which which, const T* row, int col, int step, int n) const {
+  __device__ __forceinline__ void fetch(int which, const T* row, int col, int step, int n) const {
 #pragma unroll
     for (int p = 0; p < kPacks; ++p) {
       if (col + p * step < n) {
@@ -169,58 +173,66 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     norm_bwd_registers(NormBwd a, float inverse_n, float* dweight, float* dbias) {
   constexpr int kColumns = kVec * kPacks;
   using Here = Place<kColumns>;
+  using Row = typename Here::Row;
   using Rows = Staged<T, kVec, kPacks>;
   static_assert(Rows::kBytes >= sizeof(float[kColumns][kMaxThreads]));  // for sum_rows
   __shared__ float scratch[2][kSums<kCentered>][kMaxWarps];
   const Rows staged;
   const int n = static_cast<int>(a.n), col = threadIdx.x * kVec, step = Here::row_threads() * kVec;
-  const int64_t rows_apart = static_cast<int64_t>(gridDim.x) * Here::rows();
+  const Row rows = static_cast<Row>(a.rows);
+  const Row rows_apart = static_cast<Row>(gridDim.x) * Here::rows();
   // Of each warp's next row, for which its first lane asks: registers are short.
-  __shared__ float statistics[kMaxThreads / kWarp][2];
-  float* const own = statistics[Here::thread() / kWarp];
-  const auto fetch_inputs = [&](int64_t row) {
-    if (row < a.rows) {
-      staged.fetch(Rows::kX, static_cast<const T*>(a.x) + row * a.x_stride, col, step, n);
-      staged.fetch(Rows::kDy, static_cast<const T*>(a.dy) + row * a.dy_stride, col, step, n);
+  __shared__ float statistics[kMaxThreads / kWarp][Rows::kAhead][2];
+  float (*const own)[2] = statistics[Here::thread() / kWarp];
+  const auto fetch_inputs = [&](Row row, int which) {
+    if (row < rows) {
+      staged.fetch(Rows::kX + which, static_cast<const T*>(a.x) + static_cast<int64_t>(row) * a.x_stride, col, step, n);
+      staged.fetch(
+          Rows::kDy + which, static_cast<const T*>(a.dy) + static_cast<int64_t>(row) * a.dy_stride, col, step, n);
       if (threadIdx.x % kWarp == 0) {
         if constexpr (kCentered) {
-          copy_async(&own[0], a.mean + row);
+          copy_async(&own[which][0], a.mean + row);
         }
-        copy_async(&own[1], a.rstd + row);
+        copy_async(&own[which][1], a.rstd + row);
       }
     }
     end_group_of_copies();
   };
-  const auto fetch_dsum = [&](int64_t row) {
-    if (a.dsum != nullptr && row < a.rows) {
-      staged.fetch(Rows::kDsum, static_cast<const T*>(a.dsum) + row * a.dsum_stride, col, step, n);
+  const auto fetch_dsum = [&](Row row) {
+    if (a.dsum != nullptr && row < rows) {
+      staged.fetch(
+          Rows::kDsum, static_cast<const T*>(a.dsum) + static_cast<int64_t>(row) * a.dsum_stride, col, step, n);
     }
     end_group_of_copies();
   };
 
   float dw[kColumns] = {};
   float db[kCentered ? kColumns : 1] = {};
-  int parity = 0;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * Here::rows();
-  fetch_inputs(first + Here::row());
+  int parity = 0;  // of the rows so far
+  const Row first = static_cast<Row>(blockIdx.x) * Here::rows();
+#pragma unroll
+  for (int i = 0; i < Rows::kAhead; ++i) {
+    fetch_inputs(first + i * rows_apart + Here::row(), i);
+  }
   fetch_dsum(first + Here::row());
   // As often for all threads of a block, which meet in row_sum: the last rows of some may not exist.
-  for (int64_t block = first; block < a.rows; block += rows_apart) {
-    const int64_t row = block + Here::row();
-    const int end = Here::kOneRow || row < a.rows ? n : 0;  // of the columns
-    wait_for_copies<1>();                                   // of x, dy and the statistics
+  for (Row block = first; block < rows; block += rows_apart) {
+    const Row row = block + Here::row();
+    const int end = Here::kOneRow || row < rows ? n : 0;  // of the columns
+    const int which = Rows::kAhead == 2 ? parity : 0;
+    wait_for_copies<Rows::kAhead>();  // of x, dy and the statistics
     __syncwarp();
     Packed<T, kVec> x[kPacks], dy[kPacks];
 #pragma unroll
     for (int p = 0; p < kPacks; ++p) {
       if (col + p * step < end) {
-        x[p] = *staged.at(Rows::kX, p);
-        dy[p] = *staged.at(Rows::kDy, p);
+        x[p] = *staged.at(Rows::kX + which, p);
+        dy[p] = *staged.at(Rows::kDy + which, p);
       }
     }
-    const float mean = kCentered ? own[0] : 0.0f, rstd = own[1];
+    const float mean = kCentered ? own[which][0] : 0.0f, rstd = own[which][1];
     __syncwarp();
-    fetch_inputs(row + rows_apart);
+    fetch_inputs(row + Rows::kAhead * rows_apart, which);
     float sums[kSums<kCentered>] = {};
 #pragma unroll
     for (int p = 0; p < kPacks; ++p) {
@@ -234,7 +246,10 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
         add_row_sums<T, kVec, kCentered>(sums, a, col + p * step, x[p], dy[p], mean, rstd, add_columns);
       }
     }
-    row_sum(sums, scratch[parity]);
+    row_sum(sums, scratch[Here::kOneRow ? 0 : parity]);
+    if constexpr (Here::kOneRow) {  // a barrier more, for want of a register
+      __syncthreads();
+    }
     parity ^= 1;
 #pragma unroll
     for (int i = 0; i < kSums<kCentered>; ++i) {

@@ -219,6 +219,15 @@ TUNED = [
     for size, causal in ((128, True), (64, True), (128, False), (256, True))
 ]
 """Attention calls whose tiles are tuned."""
+CUDA_TUNED = [
+    *({"kernel": "adamw", "dtype": dtype, "shape": [10**8]} for dtype in ("float32", "bfloat16")),
+    *(
+        {"kernel": kernel, "dtype": "bfloat16", "shape": [8192, n]}
+        for kernel in ("norm_fwd", "norm_bwd")
+        for n in (4096, 16384)
+    ),
+]
+"""Calls of CUDA C++ kernels whose candidates (csrc/cuda/candidates.h) are timed."""
 
 
 def facts(run: Run, outcome: Outcome, deadline: float) -> None:
@@ -323,10 +332,12 @@ def autotuned(run: Run, outcome: Outcome, deadline: float) -> None:
 
 def tuning(run: Run, outcome: Outcome, deadline: float) -> None:
     run.precompile(outcome, "tuning", [{"tune": shape} for shape in TUNED], JOBS, deadline)
-    if run.rehearse:
-        outcome.note = "compiled only"
-        return
     if not run.need_library(outcome, deadline):
+        return
+    jobs = [{"do": "candidates", "device": run.device, **call} for call in CUDA_TUNED]
+    run.jobs(outcome, "tuning", jobs, run.worker(**{RESULTS: str(run.results)}), 1, deadline)
+    if run.rehearse:
+        outcome.note = "attention is compiled only"
         return
     with tempfile.TemporaryDirectory() as cache:
         start = run.worker(FASTLLM_AUTOTUNE="1", FASTLLM_CACHE=cache, **{RESULTS: str(run.results)})

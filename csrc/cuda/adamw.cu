@@ -5,6 +5,7 @@
 // one that is not and at the ragged end. What differs from call to call but not inside one (masters, amsgrad, ...) is
 // asked once for the eight.
 #include "adamw.cuh"
+#include "candidates.h"
 #include "exact.cuh"
 
 namespace fastllm {
@@ -47,7 +48,6 @@ struct Launch {
 };
 static_assert(sizeof(Launch) <= kAdamwArgumentBytes);
 
-constexpr int64_t kChunk = 4 * kStride;
 constexpr uint32_t kInfinity = 0x7f800000u;  // its bits
 
 // A moment of T, or of Code, whose block of 256 elements is the warp's and has one scale.
@@ -441,7 +441,7 @@ void launch_adamw_step(
   const AdamwTypes& types = tensors[order[0]].types;
   const Kernel kernel = find_kernel(types);
   const int moment_bytes = types.quantized ? 1 : bytes(types.moment);
-  const int64_t chunk = kChunk;
+  const int64_t chunk = kStride * kAdamwSteps[candidate(Tuned::kAdamw)];
   Launch args;
   args.header = {
       scalars, factors, call.seed, 0, static_cast<int32_t>(chunk), unscale, call.stochastic, types.remainder};

@@ -9,6 +9,7 @@
 #include "norm.h"
 
 #include "../math/norm.h"
+#include "candidates.h"
 #include "device.cuh"
 
 namespace fastllm {
@@ -406,7 +407,8 @@ Plan plan_registers(const NormBwd& a) {
   const int threads =
       Place<kVec * kPacks>::kOneRow ? kMaxThreads : warps_for(ceil_div(a.n, static_cast<int64_t>(kVec) * kPacks));
   // As many rows as a block has the threads for, so that there are few rows of partial sums; but work for all.
-  const int64_t rows = at_most(a.rows / multiprocessors(), kMaxThreads / threads);
+  const int most = kNormBwdThreads[candidate(Tuned::kNormBwd)];
+  const int64_t rows = at_most(a.rows / multiprocessors(), most / threads);
   return {
       kKernel,
       blocks_per_multiprocessor<kKernel, kBytes>,

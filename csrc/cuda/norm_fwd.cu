@@ -7,6 +7,7 @@
 #include "norm.h"
 
 #include "../math/norm.h"
+#include "candidates.h"
 #include "device.cuh"
 
 namespace fastllm {
@@ -228,9 +229,14 @@ template <class T, int kVec, int kPacks, bool kCentered>
 void launch_registers(const NormFwd& a, cudaStream_t stream) {
   const int threads = warps_for(ceil_div(a.n, static_cast<int64_t>(kVec) * kPacks));
   const int rows = threads == kWarp ? kRowsPerBlock : 1;
+  int64_t blocks = (a.rows + rows - 1) / rows;
+  if (candidate(Tuned::kNormFwd) == kStaying) {
+    const int64_t resident = 1024 / (threads * rows) * multiprocessors();
+    blocks = blocks < resident ? blocks : resident;
+  }
   launch(
       norm_fwd_registers<T, kVec, kPacks, kCentered>,
-      dim3(grid_for((a.rows + rows - 1) / rows)),
+      dim3(grid_for(blocks)),
       dim3(threads, rows),
       stream,
       a,
@@ -258,7 +264,7 @@ void launch_typed(const NormFwd& a, cudaStream_t stream) {
   constexpr int kMost = 64 / sizeof(T);
   if (a.n <= 8 * kWarp) {
     return launch_registers<T, kVec, 8 / kVec, kCentered>(a, stream);
-  } else if (a.n <= 16 * kWarp) {
+  } else if (a.n <= 16 * kWarp || (a.n <= 4096 && candidate(Tuned::kNormFwd) == kManyThreads)) {
     return launch_registers<T, kVec, 16 / kVec, kCentered>(a, stream);
   } else if (a.n <= kMost * kMaxThreads) {
     return launch_registers<T, kVec, kMost / kVec, kCentered>(a, stream);

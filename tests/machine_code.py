@@ -13,6 +13,7 @@ clock and multiprocessor).
 
 from __future__ import annotations
 
+import functools
 import re
 import shutil
 import subprocess
@@ -102,6 +103,7 @@ class Kernel:
         return max(self.loops(), key=lambda loop: (loop.matrix_clocks, -len(loop.body) if self.has("HGMMA") else 0))
 
 
+@functools.cache
 def read(path: str | Path, arch: str = "sm_90") -> dict[str, Kernel]:
     """The kernels of a library or a cubin, by their names as C++ writes them (without arguments), or Triton's."""
     tool = find_tool()

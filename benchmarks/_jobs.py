@@ -36,6 +36,7 @@ def handle(job: Job) -> dict[str, Any]:
         "compile": record,
         "measure": measure,
         "tune": tune,
+        "candidates": time_candidates,
         "ceilings": measure_ceilings,
         "table": table,
         "sanitize": run_sanitizer,
@@ -263,6 +264,61 @@ def tune(job: Job) -> dict[str, Any]:
 
     _tuned(job["tune"])(listening)
     return {"kernels": found}
+
+
+def time_candidates(job: Job) -> dict[str, Any]:
+    """Times every candidate of a CUDA C++ kernel in turn, some rounds of all: the medians. Without a GPU, what would be
+    timed runs once, at a small size."""
+    import statistics
+
+    from fastllm import _ext
+
+    rounds, times = 5, {}
+    run = _cuda_call(job)
+    if job["device"] == "cpu":
+        run()
+        return {"milliseconds": {}}
+    from triton.testing import do_bench
+
+    count = _ext._cuda_candidate(job["kernel"], 0)
+    try:
+        for _ in range(rounds):
+            for which in range(count):
+                _ext._cuda_candidate(job["kernel"], which)
+                times.setdefault(which, []).append(do_bench(run, warmup=5, rep=20, return_mode="median"))
+    finally:
+        _ext._cuda_candidate(job["kernel"], 0)
+    medians = {which: round(statistics.median(found), 4) for which, found in times.items()}
+    shown = {key: job[key] for key in ("kernel", "dtype", "shape")}
+    for which, milliseconds in medians.items():
+        append(
+            Path(os.environ[RESULTS]), {"stage": "tuning", **shown, "candidate": which, "milliseconds": milliseconds}
+        )
+    return {"milliseconds": medians}
+
+
+def _cuda_call(job: Job) -> Callable[[], Any]:
+    """One launch of the kernel, on tensors of the job's shape and dtype; small ones without a GPU."""
+    import torch
+
+    from fastllm import ops
+    from fastllm.backends import OPS
+    from fastllm.testing import make
+
+    dtype, device = getattr(torch, job["dtype"]), job["device"]
+    shape = job["shape"] if device == "cuda" else [min(size, 64) for size in job["shape"]]
+    x = make(shape, dtype, device)
+    if job["kernel"] == "adamw":
+        grad, steps = make(shape, dtype, device, seed=1), [torch.zeros((), device=device)]
+        exp_avg, exp_avg_sq = torch.zeros_like(x), torch.zeros_like(x)
+        hyper = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.1, "eps": 1e-8}
+        return lambda: ops.adamw([x], [grad], [exp_avg], [exp_avg_sq], [], steps, **hyper)
+    weight, bias = (make(shape[1:], dtype, device, seed=seed) for seed in (1, 2))
+    forward = OPS["layer_norm_fwd"].call
+    if job["kernel"] == "norm_fwd":
+        return lambda: forward(x, weight, bias, 1e-5)
+    dy, (_, mean, rstd) = make(shape, dtype, device, seed=3), forward(x, weight, bias, 1e-5)
+    return lambda: OPS["layer_norm_bwd"].call(dy, x, mean, rstd, weight, bias, True, True)
 
 
 def table(job: Job) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def estimate(run: Run, name: str, outcome: Outcome) -> Estimate:
         work = context + jobs * ASSUMED["timing"] + ASSUMED["first torch.compile"] + ASSUMED["training step"]
         work += len(alone) * ASSUMED["torch.compile"] + (len(names) - len(alone)) * ASSUMED["torch.compile again"]
     elif name == "tuning":
-        work = context + outcome.compiled * ASSUMED["candidate"]
+        work = context + outcome.compiled * ASSUMED["candidate"] + jobs * ASSUMED["timing"]
     elif name == "tests":
         jobs = run.facts.get("gpu_tests", 0)
         work = context + jobs * ASSUMED["test"] / (CORES // 2)

@@ -229,6 +229,15 @@ TUNED_ROWS = [
     {"op": "dropout_add_rms_norm", "sizes": (8192, 4096)},
 ]
 """Calls of ops over rows whose blocks are."""
+CUDA_TUNED = [
+    *({"kernel": "adamw", "dtype": dtype, "shape": [10**8]} for dtype in ("float32", "bfloat16")),
+    *(
+        {"kernel": kernel, "dtype": "bfloat16", "shape": [8192, n]}
+        for kernel in ("norm_fwd", "norm_bwd")
+        for n in (4096, 16384)
+    ),
+]
+"""Calls of CUDA C++ kernels whose candidates (csrc/cuda/candidates.h) are timed."""
 
 
 def facts(run: Run, outcome: Outcome, deadline: float) -> None:
@@ -334,10 +343,12 @@ def autotuned(run: Run, outcome: Outcome, deadline: float) -> None:
 def tuning(run: Run, outcome: Outcome, deadline: float) -> None:
     calls = [{"tune": call} for call in (*TUNED, *TUNED_ROWS)]
     run.precompile(outcome, "tuning", calls, JOBS, deadline)
-    if run.rehearse:
-        outcome.note = "compiled only"
-        return
     if not run.need_library(outcome, deadline):
+        return
+    jobs = [{"do": "candidates", "device": run.device, **call} for call in CUDA_TUNED]
+    run.jobs(outcome, "tuning", jobs, run.worker(**{RESULTS: str(run.results)}), 1, deadline)
+    if run.rehearse:
+        outcome.note = "Triton's candidates are compiled only"
         return
     with tempfile.TemporaryDirectory() as cache:
         start = run.worker(FASTLLM_AUTOTUNE="1", FASTLLM_CACHE=cache, **{RESULTS: str(run.results)})

@@ -7,6 +7,7 @@ reference from there on.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.machinery
 import warnings
@@ -52,3 +53,11 @@ def _load_cuda() -> str:
 
 STATUS["CPU"] = _load_cpu()
 STATUS["CUDA"] = _load_cuda()
+
+
+def _cuda_candidate(kernel: str, which: int) -> int:
+    """Chooses one of the launches of a CUDA C++ kernel that only a GPU can decide between (csrc/cuda/candidates.h), for
+    this process from now on; returns how many there are, 0 where the kernels are not loaded."""
+    if STATUS["CUDA"] != "loaded":
+        return 0
+    return ctypes.CDLL(str(CUDA_LIBRARY)).fastllm_cuda_candidate(kernel.encode(), which)

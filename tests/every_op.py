@@ -82,9 +82,9 @@ def backend(op: str, device: str) -> str | None:
     return "cuda" if op in CUDA else "triton"
 
 
-# Norms (csrc/cuda/norm_fwd.cu, norm_bwd.cu). A pack is 4 float32 or 8 of 16 bits. A row is one warp's up to 1,024
-# elements (8, 16 or 32 a lane; in the backward in float32 up to 512), else a block's; past 16,384 (8,192 backward in
-# float32), or ragged past 4,096 (2,048), rows are read again in loops, and the backward sums its columns apart.
+# Norms (csrc/cuda/norm_fwd.cu, norm_bwd.cu). A pack is 4 float32 or 8 of 16 bits. A row is one warp's, 8 or 16 elements
+# a lane, or one or more warps', 64 bytes a thread in the forward and 16 elements in the backward; past 16,384 (8,192
+# backward in float32), or ragged past 4,096, rows are read again in loops, and the backward sums its columns apart.
 
 
 def _norm(op: str, rows: int, n: int, layout: str = "contiguous", parameters: bool = True) -> Callable[[Draw], Call]:
@@ -97,16 +97,16 @@ def _norm(op: str, rows: int, n: int, layout: str = "contiguous", parameters: bo
 
 
 NORM_SIZES: dict[str, tuple] = {
-    # 8 rows a block and at most 8 blocks on each of 148 multiprocessors: the backward's blocks walk over several rows
-    "warp a row": (10_000, 128),
+    # 16 rows a block and at most 4 blocks on each of 148 multiprocessors: the backward's blocks walk over several rows
+    "warp a row": (20_000, 128),
     "16 a lane": (65, 512),
-    "32 a lane": (65, 1024),  # backward in float32: a block a row
-    "block a row": (2500, 2048),  # at most 16 blocks of 4 warps on each multiprocessor: several rows a block again
+    "32 a lane": (65, 1024),  # in float32, and in the backward: two warps
+    "block a row": (5000, 2048),  # at most 4 blocks of 4 rows on each multiprocessor: several rows a block again
     "block, 32 a thread": (70, 8192),  # backward: 16 a thread
     "block, longest": (70, 16384),  # backward: 32 a thread in 16 bits, loops in float32
     "loops": (70, 20480),  # and 32 rows a block of the column sums
     "ragged warp": (65, 200, "misaligned"),
-    "ragged block": (65, 2047),
+    "ragged block": (700, 2047),  # in the backward two a block, where there are 350 multiprocessors or fewer
     "ragged loops": (8300, 4099),  # more rows than 256 blocks of 32: column sums over several
     "no parameters": (65, 512, "contiguous", False),
 }
@@ -121,7 +121,7 @@ DROPOUT_SIZES: dict[str, tuple] = {
 }
 
 
-# AdamW (csrc/cuda/adamw.cu): chunks of 8,192 elements, eight at a time where aligned; about 340 tensors a launch of the
+# AdamW (csrc/cuda/adamw.cu): chunks of 8,192 elements, four at a time where aligned; about 340 tensors a launch of the
 # step, 1,365 of the norm and 4,080 of the preparation.
 
 CHUNKS = ((3 * 8192 + 5,), (8192,), (129, 5, 3), (127,), (3,), (1,), (0,))

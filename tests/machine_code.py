@@ -13,6 +13,7 @@ clock and multiprocessor).
 
 from __future__ import annotations
 
+import functools
 import re
 import shutil
 import subprocess
@@ -110,6 +111,7 @@ class Kernel:
         )
 
 
+@functools.cache
 def read(path: str | Path, arch: str = "sm_90") -> dict[str, Kernel]:
     """The kernels of a library or a cubin, by their names as C++ writes them (without arguments), or Triton's."""
     tool = find_tool()

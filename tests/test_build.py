@@ -16,6 +16,7 @@ from pathlib import Path
 import bindings
 import pytest
 import torch
+from machine_code import find_tool, read
 
 from fastllm import _ext
 from fastllm.backends import OPS
@@ -153,15 +154,6 @@ def test_architectures_that_nvcc_does_not_know_are_left_out(
         assert said in capsys.readouterr().out
 
 
-def cuobjdump() -> str | None:
-    try:
-        import triton
-    except ImportError:
-        return shutil.which("cuobjdump")
-    bundled = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    return str(bundled) if bundled.exists() else shutil.which("cuobjdump")
-
-
 BUILD_CUDA = """
 import runpy, setuptools, sys
 
@@ -176,7 +168,7 @@ runpy.run_path("setup.py", run_name="__main__")
 
 @pytest.mark.slow
 @pytest.mark.skipif(not _ext.CUDA_LIBRARY.exists(), reason="built without nvcc")
-@pytest.mark.skipif(cuobjdump() is None, reason="no cuobjdump")
+@pytest.mark.skipif(find_tool() is None, reason="no cuobjdump")
 def test_cuda_kernels_do_not_spill_on_any_chip_that_a_wheel_is_for(tmp_path):
     environment = {**os.environ, "FASTLLM_CUDA_ARCHS": ";".join(ARCHS)}
     result = run(sys.executable, "-c", BUILD_CUDA, tmp_path, cwd=ROOT, env=environment)
@@ -185,29 +177,20 @@ def test_cuda_kernels_do_not_spill_on_any_chip_that_a_wheel_is_for(tmp_path):
 
 
 @pytest.mark.skipif(not _ext.CUDA_LIBRARY.exists(), reason="built without nvcc")
-@pytest.mark.skipif(cuobjdump() is None, reason="no cuobjdump")
+@pytest.mark.skipif(find_tool() is None, reason="no cuobjdump")
 def test_cuda_kernels_do_not_spill():
     assert_no_spill(_ext.CUDA_LIBRARY, _ext.C.build_info()["cuda_archs"].split(";"))
 
 
 def assert_no_spill(library: Path, archs: list[str]) -> None:
     """ptxas puts what it cannot hold in registers on a stack frame."""
-    kernels: dict[str, dict[str, str]] = {}
-    arch = ""
-    for line in run(cuobjdump(), "-res-usage", library).stdout.splitlines():
-        if match := re.match(r"arch = sm_(\d+)", line):
-            arch = match[1]
-        elif match := re.match(r"\s*Function (\S+):", line):
-            name = match[1]
-        elif "STACK:" in line:
-            kernels.setdefault(arch, {})[name] = line.strip()
-    assert sorted(kernels) == sorted(archs)
-    for arch, usage in kernels.items():
-        assert len(usage) > 50, f"sm_{arch}: the norms alone have more kernels"
-        spills = {name: line for name, line in usage.items() if "STACK:0 " not in line or "LOCAL:0 " not in line}
+    for arch in archs:
+        kernels = read(library, f"sm_{arch}")
+        assert len(kernels) > 50, f"sm_{arch}: the norms alone have more kernels"
+        spills = {name: kernel.stack for name, kernel in kernels.items() if kernel.stack}
         assert not spills, f"sm_{arch}: {spills}"
-        registers = [int(re.search(r"REG:(\d+)", line)[1]) for line in usage.values()]
-        print(f"sm_{arch}: {len(usage)} kernels, at most {max(registers)} registers, no spill")
+        registers = max(kernel.registers for kernel in kernels.values())
+        print(f"sm_{arch}: {len(kernels)} kernels, at most {registers} registers, no spill")
 
 
 def checkout(target: Path) -> Path:

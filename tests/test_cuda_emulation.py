@@ -50,7 +50,7 @@ int main() {
     emulation_set_order(order);
     int out[128] = {};
     try {
-      fastllm::launch(KERNEL, dim3(2), dim3(64), nullptr, static_cast<int*>(out));
+      fastllm::launch_shared(KERNEL, dim3(2), dim3(64), 0, nullptr, static_cast<int*>(out));
     } catch (const std::exception& error) {
       std::printf("%s\\n", error.what());
       continue;

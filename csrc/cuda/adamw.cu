@@ -1,16 +1,19 @@
 // AdamW on the GPU: one pass over every parameter of a call. Arithmetic: math/adamw.h.
 //
 // A launch takes as many tensors as its arguments hold. A block updates a chunk of one tensor, found by bisection; a
-// thread takes eight elements at a time, 16 bytes or more of each tensor that is aligned for it, single elements of one
-// that is not and at the ragged end.
+// thread takes eight elements at a time, in packs of four of each tensor that is aligned for them, single elements of
+// one that is not and at the ragged end. What differs from call to call but not inside one (masters, amsgrad, ...) is
+// asked once for the eight.
 #include "adamw.cuh"
+#include "candidates.h"
+#include "exact.cuh"
 
 namespace fastllm {
 
 namespace {
 
 // Which pointers of an entry are aligned for vectors.
-enum Aligned : uint32_t { kParam = 1, kGrad = 2, kExpAvg = 4, kExpAvgSq = 8, kMax = 16, kMaster = 32 };
+enum Aligned : uint32_t { kParam = 1, kGrad = 2, kExpAvg = 4, kExpAvgSq = 8, kMax = 16, kMaster = 32, kAll = 63 };
 
 struct Entry {
   void* param;
@@ -33,6 +36,7 @@ struct LaunchHeader {
   const AdamwFactors* factors;
   uint64_t seed;
   int32_t count;
+  int32_t chunk;  // elements of a block
   bool unscale, stochastic, remainder;
 };
 
@@ -44,176 +48,259 @@ struct Launch {
 };
 static_assert(sizeof(Launch) <= kAdamwArgumentBytes);
 
-// A moment: T, or Code with a scale for the warp's elements.
+constexpr uint32_t kInfinity = 0x7f800000u;  // its bits
+
+// A moment of T, or of Code, whose block of 256 elements is the warp's and has one scale.
 template <class T, bool kSigned>
 struct Moment {
   Raw<T> raw;
   float scale;
 
-  __device__ __forceinline__ void load(const void* base, const float* scales, int64_t offset, bool vector, int count) {
-    raw.load(static_cast<const T*>(base) + offset, vector, count);
+  __device__ __forceinline__ void load(
+      const void* base, const float* scales, int64_t offset, bool vector, int64_t rest) {
+    raw.load(static_cast<const T*>(base) + offset, vector, rest);
     if constexpr (sizeof(T) == 1) {
-      scale = count > 0 ? scales[offset / kAdamwBlock] : 0.0f;
+      scale = scales[offset / kAdamwBlock];
     }
   }
 
-  __device__ __forceinline__ float get(int i) const {
+  // `decoded`: what each code stands for at the scale 1.
+  __device__ __forceinline__ void get(float (&x)[kVec], const float* decoded) const {
     if constexpr (sizeof(T) == 1) {
-      return adamw_decode<Ops, kSigned>(raw.get(i), scale);
+      const float size = fabsf(scale);
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) {
+        x[i] = Ops::mul(decoded[raw.get(i)], size);
+      }
+      if (scale < 0.0f) {
+#pragma unroll
+        for (int i = 0; i < kVec; ++i) {
+          x[i] = adamw_decode<Ops, kSigned>(raw.get(i), scale);
+        }
+      }
     } else {
-      return decode_float<T>(raw.get(i));
+      raw.get(x);
     }
   }
 
-  // All lanes of a warp must call this.
-  __device__ __forceinline__ void store(
-      const float (&values)[kVec], void* base, float* scales, int64_t offset, bool vector, int count) {
+  // All lanes of a warp must call this. `rest`: of its elements, what is past it does not count for the scale.
+  __device__ __forceinline__ void set(float (&x)[kVec], int64_t rest) {
     if constexpr (sizeof(T) == 1) {
-      // The largest finite magnitude, and whether there are others: that is 1 here, and 0 where all are finite.
-      float largest = 0.0f, special = 0.0f;
+      uint32_t bits = 0, finite = 0;  // the largest magnitudes, as integers: infinities and NaN are larger than others
 #pragma unroll
       for (int i = 0; i < kVec; ++i) {
-        const float magnitude = values[i] < 0.0f ? -values[i] : values[i];
-        const bool finite = magnitude <= kAdamwLargest;
-        largest = i < count && finite && magnitude > largest ? magnitude : largest;
-        special = i < count && !finite ? 1.0f : special;
+        const uint32_t magnitude = place(i) < rest ? bits_as<uint32_t>(x[i]) & 0x7fffffffu : 0u;
+        bits = magnitude > bits ? magnitude : bits;
+        finite = magnitude > finite && magnitude < kInfinity ? magnitude : finite;
       }
-#pragma unroll
-      for (int mask = kWarp / 2; mask > 0; mask /= 2) {
-        largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, mask));
-        special = fmaxf(special, __shfl_xor_sync(0xffffffffu, special, mask));
-      }
-      const float scale = adamw_block_scale(largest, special == 0.0f);
+      bits = warp_max(bits);
+      const bool all_finite = bits < kInfinity;
+      scale = adamw_block_scale(bits_as<float>(all_finite ? bits : warp_max(finite)), all_finite);
+      // Where quotients from 1e-7 on are exact (exact.cuh); without a block's zeros, whose quotient is 0 by whatever.
+      const float size = scale == 0.0f ? 1.0f : fabsf(scale);
+      const float factor = size < 0x1p-70f ? 0x1p100f : size > 0x1p100f ? 0x1p-100f : 1.0f;
+      const Divisor by_size(size * factor);
 #pragma unroll
       for (int i = 0; i < kVec; ++i) {
-        raw.set(i, adamw_encode<Ops, kSigned>(values[i], scale));
+        raw.set(i, adamw_encode<Ops, kSigned>(x[i], scale, [&](float magnitude) {
+                  return by_size.divide(magnitude * factor);
+                }));
       }
+    } else {
+      raw.set(x);
+    }
+  }
+
+  __device__ __forceinline__ void store(void* base, float* scales, int64_t offset, bool vector, int64_t rest) const {
+    raw.store(static_cast<T*>(base) + offset, vector, rest);
+    if constexpr (sizeof(T) == 1) {
       if (threadIdx.x % kWarp == 0) {
         scales[offset / kAdamwBlock] = scale;
       }
-    } else {
-#pragma unroll
-      for (int i = 0; i < kVec; ++i) {
-        raw.set(i, encode_float<T>(values[i]));
-      }
     }
-    raw.store(static_cast<T*>(base) + offset, vector, count);
   }
 };
 
+// adamw_param of a thread's elements: without branches, where exact.cuh's ranges hold for all of them. A second moment
+// of 2^-80 or more has a root of 2^-40, and 1 / correction2 can make that only larger.
+__device__ __forceinline__ void update_params(
+    float (&param)[kVec], const float (&exp_avg)[kVec], const float (&square)[kVec], const AdamwScalars& s) {
+  const Divisor by_correction(s.correction2);
+#pragma unroll
+  for (int pack = 0; pack < kVec; pack += kPack) {
+    bool exact = s.correction2 >= 0x1p-30f && s.eps <= 0x1p60f;
+    float updated[kPack];
+#pragma unroll
+    for (int i = 0; i < kPack; ++i) {
+      const float root = exact_root(square[pack + i]);
+      const Divisor by_denominator(Ops::add(by_correction.divide(root), s.eps));
+      const float step = by_denominator.divide(Ops::mul(s.step_size, exp_avg[pack + i]));
+      exact = exact && square[pack + i] >= 0x1p-80f && fabsf(step) >= 0x1p-60f && fabsf(step) <= 0x1p60f;
+      updated[i] = Ops::add(Ops::mul(param[pack + i], s.decay), step);
+    }
+    if (!exact) {
+#pragma unroll
+      for (int i = 0; i < kPack; ++i) {
+        updated[i] = adamw_param<Ops>(param[pack + i], exp_avg[pack + i], square[pack + i], s);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kPack; ++i) {
+      param[pack + i] = updated[i];
+    }
+  }
+}
+
+// 16 random bits for each of a thread's elements, which are pairs of lanes' halves of two counters: each lane computes
+// one of them. All lanes of a warp must call this.
+__device__ __forceinline__ void draw(
+    uint32_t (&random)[kVec / 2], uint64_t block, uint32_t index, float step, uint64_t seed) {
+  const int lane = threadIdx.x % kWarp;
+  const bool odd = lane % 2 != 0;
+  const uint64_t counter = (block + (odd ? kApart : 0)) / 8 + lane / 2;
+  uint32_t words[4] = {
+      static_cast<uint32_t>(counter), static_cast<uint32_t>(counter >> 32), index, static_cast<uint32_t>(step)};
+  philox<Ops>(words, seed);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t received = __shfl_xor_sync(0xffffffffu, odd ? words[i] : words[i + 2], 1);
+    random[i] = odd ? received : words[i];
+    random[i + 2] = odd ? words[i + 2] : received;
+  }
+}
+
 template <class P, class G, class M>
-__global__ void __launch_bounds__(kThreads, 2) adamw_step_kernel(const __grid_constant__ Launch launch) {
+__global__ void __launch_bounds__(kThreads, 3) adamw_step_kernel(const __grid_constant__ Launch launch) {
+  constexpr bool kHalf = sizeof(P) == 2, kIsBFloat16 = std::is_same_v<P, __nv_bfloat16>, kCodes = sizeof(M) == 1;
   const LaunchHeader& header = launch.header;
   const AdamwFactors factors = *header.factors;
   if (factors.skip != 0.0f) {
     return;
   }
+  __shared__ float decoded[2][kCodes ? 256 : 1];
+  if constexpr (kCodes) {
+    decoded[0][threadIdx.x] = adamw_decode<Ops, true>(threadIdx.x, 1.0f);
+    decoded[1][threadIdx.x] = adamw_decode<Ops, false>(threadIdx.x, 1.0f);
+    __syncthreads();
+  }
   const int32_t chunk = blockIdx.x;
   const Entry& e = launch.entries[find_entry(launch.entries, header.count, chunk)];
   const AdamwScalars s = header.scalars[e.scalars];
-  const int lane = threadIdx.x % kWarp;
-  int64_t offset = (chunk - e.first_chunk) * kChunk + threadIdx.x * kVec;
-  for (int step = 0; step < kSteps; ++step, offset += kStride) {
-    if (offset - lane * kVec >= e.numel) {  // the whole warp is past the end
-      return;
-    }
-    const int64_t rest = e.numel - offset;
-    const int count = rest >= kVec ? kVec : rest > 0 ? static_cast<int>(rest) : 0;
-    const bool whole = count == kVec;
-    const auto vector = [&](uint32_t which) { return whole && (e.aligned & which) != 0; };
+  const bool has_master = kHalf && e.master != nullptr, amsgrad = !kCodes && e.max_exp_avg_sq != nullptr;
+  const int64_t first = static_cast<int64_t>(chunk - e.first_chunk) * header.chunk;
+  const int64_t end = first + header.chunk < e.numel ? first + header.chunk : e.numel;
+  for (int64_t block = first + threadIdx.x / kWarp * kAdamwBlock; block < end; block += kStride) {
+    const int64_t offset = block + threadIdx.x % kWarp * kPack, rest = e.numel - offset;
+    const bool whole = block + kAdamwBlock <= e.numel, fast = whole && e.aligned == kAll;
+    const auto all = [](uint32_t) { return true; };
+    const auto some = [&](uint32_t which) { return whole && (e.aligned & which) != 0; };
 
-    Raw<P> param;
-    Raw<G> grad;
-    Moment<M, true> exp_avg;
-    Moment<M, false> exp_avg_sq;
+    Raw<P> param_raw;
+    Raw<G> grad_raw;
+    Moment<M, true> exp_avg_raw;
+    Moment<M, false> exp_avg_sq_raw;
     Raw<float> master;
     Raw<uint16_t> remainder;
-    param.load(static_cast<const P*>(e.param) + offset, vector(kParam), count);
-    grad.load(static_cast<const G*>(e.grad) + offset, vector(kGrad), count);
-    exp_avg.load(e.exp_avg, e.exp_avg_scale, offset, vector(kExpAvg), count);
-    exp_avg_sq.load(e.exp_avg_sq, e.exp_avg_sq_scale, offset, vector(kExpAvgSq), count);
-    const bool has_master = sizeof(P) == 2 && e.master != nullptr;
-    if (has_master) {
-      if (header.remainder) {
-        remainder.load(static_cast<const uint16_t*>(e.master) + offset, vector(kMaster), count);
-      } else {
-        master.load(static_cast<const float*>(e.master) + offset, vector(kMaster), count);
+    const auto load = [&](auto vector) {
+      param_raw.load(static_cast<const P*>(e.param) + offset, vector(kParam), rest);
+      grad_raw.load(static_cast<const G*>(e.grad) + offset, vector(kGrad), rest);
+      exp_avg_raw.load(e.exp_avg, e.exp_avg_scale, offset, vector(kExpAvg), rest);
+      exp_avg_sq_raw.load(e.exp_avg_sq, e.exp_avg_sq_scale, offset, vector(kExpAvgSq), rest);
+      if (has_master && header.remainder) {
+        remainder.load(static_cast<const uint16_t*>(e.master) + offset, vector(kMaster), rest);
+      } else if (has_master) {
+        master.load(static_cast<const float*>(e.master) + offset, vector(kMaster), rest);
       }
-    }
-    uint32_t random[4];
-    if (header.stochastic && sizeof(P) == 2) {
-      const uint64_t counter = static_cast<uint64_t>(offset) / kVec;
-      random[0] = static_cast<uint32_t>(counter);
-      random[1] = static_cast<uint32_t>(counter >> 32);
-      random[2] = e.index;
-      random[3] = static_cast<uint32_t>(s.step);
-      philox<Ops>(random, header.seed);
-    }
+    };
+    fast ? load(all) : load(some);
 
-    float new_exp_avg[kVec], new_exp_avg_sq[kVec];
-    Moment<M, false> max_exp_avg_sq;
-    float new_max[kVec];
-    const bool amsgrad = sizeof(M) > 1 && e.max_exp_avg_sq != nullptr;
-    if (amsgrad) {
-      max_exp_avg_sq.load(e.max_exp_avg_sq, nullptr, offset, vector(kMax), count);
+    float param[kVec], grad[kVec], exp_avg[kVec], exp_avg_sq[kVec];
+    grad_raw.get(grad);
+    if (header.unscale) {
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) {
+        grad[i] = Ops::div(grad[i], factors.grad_scale);
+      }
+      grad_raw.set(grad);
+      grad_raw.store(static_cast<G*>(e.grad) + offset, some(kGrad), rest);
+      grad_raw.get(grad);
     }
+    exp_avg_raw.get(exp_avg, decoded[0]);
+    exp_avg_sq_raw.get(exp_avg_sq, decoded[kCodes]);
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {
-      float g = decode_float<G>(grad.get(i));
-      if (header.unscale) {
-        grad.set(i, encode_float<G>(Ops::div(g, factors.grad_scale)));
-        g = decode_float<G>(grad.get(i));
+      adamw_moments<Ops>(exp_avg[i], exp_avg_sq[i], Ops::mul(grad[i], factors.clip), s);
+    }
+    float square[kVec];
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) {
+      square[i] = exp_avg_sq[i];
+    }
+    if (amsgrad) {
+      Moment<M, false> max_raw;
+      float so_far[kVec];
+      max_raw.load(e.max_exp_avg_sq, nullptr, offset, some(kMax), rest);
+      max_raw.get(so_far, nullptr);
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) {
+        square[i] = adamw_largest<Ops>(so_far[i], exp_avg_sq[i]);
       }
-      g = Ops::mul(g, factors.clip);
-      AdamwElement<Ops> x{decode_float<P>(param.get(i)), exp_avg.get(i), exp_avg_sq.get(i), 0.0f};
-      if (has_master) {
-        x.param = header.remainder ? adamw_join<Ops>(param.get(i), remainder.get(i)) : bits_as<float>(master.get(i));
+      max_raw.set(square, rest);
+      max_raw.store(e.max_exp_avg_sq, nullptr, offset, some(kMax), rest);
+    }
+    if (!has_master) {
+      param_raw.get(param);
+    } else if (header.remainder) {
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) {
+        param[i] = adamw_join<Ops>(param_raw.get(i), remainder.get(i));
       }
-      if (amsgrad) {
-        x.max_exp_avg_sq = max_exp_avg_sq.get(i);
-        adamw_update<Ops, true>(x, g, s);
-        new_max[i] = x.max_exp_avg_sq;
-      } else {
-        adamw_update<Ops, false>(x, g, s);
+    } else {
+      master.get(param);
+    }
+    update_params(param, exp_avg, square, s);
+
+    if constexpr (kCodes) {
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) {
+        exp_avg[i] = adamw_first_moment<Ops>(exp_avg[i], exp_avg_sq[i]);
       }
-      new_exp_avg[i] = sizeof(M) == 1 ? adamw_first_moment<Ops>(x.exp_avg, x.exp_avg_sq) : x.exp_avg;
-      new_exp_avg_sq[i] = x.exp_avg_sq;
-      if constexpr (sizeof(P) == 4) {
-        param.set(i, bits_as<uint32_t>(x.param));
-      } else {
-        constexpr bool kIsBFloat16 = std::is_same_v<P, __nv_bfloat16>;
-        uint32_t bits, rest16 = 0;
-        if (has_master && kIsBFloat16) {
-          adamw_split<Ops>(x.param, bits, rest16);
-        } else if (header.stochastic && !has_master) {
-          const uint32_t half = random[i / 2] >> (i % 2 * 16) & 0xffffu;
-          bits = kIsBFloat16 ? adamw_round_bfloat16<Ops>(x.param, half) : adamw_round_half<Ops>(x.param, half);
-        } else {
-          bits = encode_float<P>(x.param);
-        }
-        param.set(i, bits);
-        if (has_master) {
-          header.remainder ? remainder.set(i, rest16) : master.set(i, bits_as<uint32_t>(x.param));
-        }
+    }
+    exp_avg_raw.set(exp_avg, rest);
+    exp_avg_sq_raw.set(exp_avg_sq, rest);
+    if (kIsBFloat16 && has_master) {
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) {
+        uint32_t bits, rounded_off;
+        adamw_split<Ops>(param[i], bits, rounded_off);
+        param_raw.set(i, bits);
+        remainder.set(i, rounded_off);
       }
+    } else if (kHalf && header.stochastic && !has_master) {
+      uint32_t random[kVec / 2];
+      draw(random, block, e.index, s.step, header.seed);
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) {
+        const uint32_t half = random[i / 2] >> (i % 2 * 16) & 0xffffu;
+        param_raw.set(
+            i, kIsBFloat16 ? adamw_round_bfloat16<Ops>(param[i], half) : adamw_round_half<Ops>(param[i], half));
+      }
+    } else {
+      param_raw.set(param);
     }
 
-    param.store(static_cast<P*>(e.param) + offset, vector(kParam), count);
-    exp_avg.store(new_exp_avg, e.exp_avg, e.exp_avg_scale, offset, vector(kExpAvg), count);
-    exp_avg_sq.store(new_exp_avg_sq, e.exp_avg_sq, e.exp_avg_sq_scale, offset, vector(kExpAvgSq), count);
-    if (amsgrad) {
-      max_exp_avg_sq.store(new_max, e.max_exp_avg_sq, nullptr, offset, vector(kMax), count);
-    }
-    if (header.unscale) {
-      grad.store(static_cast<G*>(e.grad) + offset, vector(kGrad), count);
-    }
-    if (has_master) {
-      if (header.remainder) {
-        remainder.store(static_cast<uint16_t*>(e.master) + offset, vector(kMaster), count);
-      } else {
-        master.store(static_cast<float*>(e.master) + offset, vector(kMaster), count);
+    const auto store = [&](auto vector) {
+      param_raw.store(static_cast<P*>(e.param) + offset, vector(kParam), rest);
+      exp_avg_raw.store(e.exp_avg, e.exp_avg_scale, offset, vector(kExpAvg), rest);
+      exp_avg_sq_raw.store(e.exp_avg_sq, e.exp_avg_sq_scale, offset, vector(kExpAvgSq), rest);
+      if (has_master && header.remainder) {
+        remainder.store(static_cast<uint16_t*>(e.master) + offset, vector(kMaster), rest);
+      } else if (has_master) {
+        master.set(param);
+        master.store(static_cast<float*>(e.master) + offset, vector(kMaster), rest);
       }
-    }
+    };
+    fast ? store(all) : store(some);
   }
 }
 
@@ -354,8 +441,10 @@ void launch_adamw_step(
   const AdamwTypes& types = tensors[order[0]].types;
   const Kernel kernel = find_kernel(types);
   const int moment_bytes = types.quantized ? 1 : bytes(types.moment);
+  const int64_t chunk = kStride * kAdamwSteps[candidate(Tuned::kAdamw)];
   Launch args;
-  args.header = {scalars, factors, call.seed, 0, unscale, call.stochastic, types.remainder};
+  args.header = {
+      scalars, factors, call.seed, 0, static_cast<int32_t>(chunk), unscale, call.stochastic, types.remainder};
   int64_t total = 0;
   const auto flush = [&] {
     if (total > 0) {
@@ -369,7 +458,8 @@ void launch_adamw_step(
     if (t.numel == 0) {
       continue;
     }
-    if (args.header.count == kEntries || total + chunks(t.numel) > 0x7fffffff) {
+    const int64_t chunks = (t.numel + chunk - 1) / chunk;
+    if (args.header.count == kEntries || total + chunks > 0x7fffffff) {
       flush();
     }
     const uint32_t flags =
@@ -391,7 +481,7 @@ void launch_adamw_step(
         t.index,
         flags,
         static_cast<int32_t>(order[i])};
-    total += chunks(t.numel);
+    total += chunks;
   }
   flush();
 }

@@ -11,13 +11,21 @@ namespace fastllm {
 
 namespace {
 
+// A thread takes packs of four elements, so that each access of a warp is of memory that is whole: 512 bytes side by
+// side where an element has 32 bits. It takes two of them at a time, a warp's elements further on in the second: as
+// many loads are in flight, and a warp has the elements of one block of 8-bit moments.
 constexpr int kThreads = 256;
-constexpr int kVec =
-    8;  // elements a thread takes at a time: one counter of random numbers, and 16 bytes of 16-bit ones
-constexpr int kStride = kThreads * kVec;
-constexpr int kSteps = 4;
-constexpr int64_t kChunk = kStride * kSteps;
+constexpr int kPack = 4;
+constexpr int kPacks = 2;
+constexpr int kVec = kPack * kPacks;
+constexpr int kApart = kWarp * kPack;     // from a thread's pack to its next
+constexpr int kStride = kThreads * kVec;  // of a block's steps
 static_assert(kWarp * kVec == kAdamwBlock, "a warp shares the scale of a block of 8-bit moments");
+
+// Where a thread's elements lie, counted from the first.
+__device__ __forceinline__ int place(int i) {
+  return i / kPack * kApart + i % kPack;
+}
 
 struct Code {
   uint8_t bits;
@@ -108,72 +116,75 @@ __device__ __forceinline__ int find_entry(const E* entries, int count, int32_t c
   return low;
 }
 
-// kVec elements at p as raw bits, 16 bytes an instruction if `vector`, else the first `count`, and zeros.
+// A thread's elements, the first of which is at p, as raw bits: a pack an instruction if `vector`, else those before
+// `rest`, and zeros.
 template <class T>
 struct Raw {
-  static constexpr int kWords = kVec * sizeof(T) / 4;
+  static constexpr int kWords = kPack * sizeof(T) / 4;  // of a pack
   static constexpr int kPerWord = 4 / sizeof(T), kBits = 8 * sizeof(T);
   static constexpr uint32_t kMask = 0xffffffffu >> (32 - kBits);
-  static constexpr int kStep = kWords < 4 ? kWords : 4;  // words that one instruction moves
-  struct alignas(4 * kStep) Chunk {
-    uint32_t words[kStep];
+  struct alignas(4 * kWords) Words {
+    uint32_t words[kWords];
   };
-  uint32_t words[kWords];
+  Words packs[kPacks];
 
-  __device__ __forceinline__ void load(const T* p, bool vector, int count) {
+  __device__ __forceinline__ void load(const T* p, bool vector, int64_t rest) {
     if (vector) {
 #pragma unroll
-      for (int i = 0; i < kWords; i += kStep) {
-        const Chunk chunk = reinterpret_cast<const Chunk*>(p)[i / kStep];
-#pragma unroll
-        for (int j = 0; j < kStep; ++j) {
-          words[i + j] = chunk.words[j];
-        }
+      for (int pack = 0; pack < kPacks; ++pack) {
+        packs[pack] = *reinterpret_cast<const Words*>(p + pack * kApart);
       }
     } else {
 #pragma unroll
-      for (int i = 0; i < kWords; ++i) {
-        words[i] = 0;
-      }
-#pragma unroll
       for (int i = 0; i < kVec; ++i) {
-        set(i, i < count ? element(p, i) : 0u);
+        set(i, place(i) < rest ? element(p, place(i)) : 0u);
       }
     }
   }
 
-  __device__ __forceinline__ void store(T* p, bool vector, int count) const {
+  __device__ __forceinline__ void store(T* p, bool vector, int64_t rest) const {
     if (vector) {
 #pragma unroll
-      for (int i = 0; i < kWords; i += kStep) {
-        Chunk chunk;
-#pragma unroll
-        for (int j = 0; j < kStep; ++j) {
-          chunk.words[j] = words[i + j];
-        }
-        reinterpret_cast<Chunk*>(p)[i / kStep] = chunk;
+      for (int pack = 0; pack < kPacks; ++pack) {
+        store_words(p + pack * kApart, packs[pack].words);
       }
     } else {
 #pragma unroll
       for (int i = 0; i < kVec; ++i) {
-        if (i < count) {
-          put(p, i, get(i));
+        if (place(i) < rest) {
+          put(p, place(i), get(i));
         }
       }
+    }
+  }
+
+  __device__ __forceinline__ void get(float (&x)[kVec]) const {
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) {
+      x[i] = float_of<T>(packs[i / kPack].words[i % kPack / kPerWord], i % kPerWord != 0);
+    }
+  }
+
+  __device__ __forceinline__ void set(const float (&x)[kVec]) {
+#pragma unroll
+    for (int i = 0; i < kVec; i += kPerWord) {
+      word(i) = word_of<T>(x + i);
     }
   }
 
   __device__ __forceinline__ uint32_t get(int i) const {
-    return words[i / kPerWord] >> (i % kPerWord * kBits) & kMask;
+    return packs[i / kPack].words[i % kPack / kPerWord] >> (i % kPerWord * kBits) & kMask;
   }
 
   __device__ __forceinline__ void set(int i, uint32_t bits) {
     const int shift = i % kPerWord * kBits;
-    uint32_t& word = words[i / kPerWord];
-    word = (word & ~(kMask << shift)) | (bits & kMask) << shift;
+    word(i) = (word(i) & ~(kMask << shift)) | (bits & kMask) << shift;
   }
 
  private:
+  __device__ __forceinline__ uint32_t& word(int i) {
+    return packs[i / kPack].words[i % kPack / kPerWord];
+  }
   static __device__ __forceinline__ uint32_t element(const T* p, int i) {
     if constexpr (sizeof(T) == 4) {
       return bits_as<uint32_t>(p[i]);
@@ -194,34 +205,12 @@ struct Raw {
   }
 };
 
-template <class T>
-__device__ __forceinline__ float decode_float(uint32_t bits) {
-  if constexpr (sizeof(T) == 4) {
-    return bits_as<float>(bits);
-  } else {
-    return to_float(bits_as<T>(static_cast<uint16_t>(bits)));
-  }
-}
-
-template <class T>
-__device__ __forceinline__ uint32_t encode_float(float x) {
-  if constexpr (sizeof(T) == 4) {
-    return bits_as<uint32_t>(x);
-  } else {
-    return bits_as<uint16_t>(from_float<T>(x));
-  }
-}
-
-inline int64_t chunks(int64_t numel) {
-  return (numel + kChunk - 1) / kChunk;
-}
-
 inline int bytes(DType dtype) {
   return dtype == DType::kFloat ? 4 : 2;
 }
 
 inline bool aligned(const void* p, int element_bytes) {
-  return reinterpret_cast<uintptr_t>(p) % (element_bytes == 1 ? kVec : 16) == 0;
+  return reinterpret_cast<uintptr_t>(p) % (kPack * element_bytes) == 0;
 }
 
 }  // namespace

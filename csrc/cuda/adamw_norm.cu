@@ -6,6 +6,9 @@ namespace fastllm {
 
 namespace {
 
+constexpr int kSteps = 4;
+constexpr int64_t kChunk = kSteps * kStride;
+
 struct NormEntry {
   const void* grad;
   int64_t numel;
@@ -27,21 +30,31 @@ struct Norm {
 };
 static_assert(sizeof(Norm) <= kAdamwArgumentBytes);
 
+// Of a thread's elements of a chunk, all of which are loaded before the first is used.
 template <class T>
-__device__ __forceinline__ float square_sum(const NormEntry& e, int64_t offset) {
+__device__ __forceinline__ float square_sum(const NormEntry& e, int64_t chunk) {
+  const int64_t first = chunk * kChunk + threadIdx.x / kWarp * kAdamwBlock + threadIdx.x % kWarp * kPack;
+  const T* grad = static_cast<const T*>(e.grad) + first;
+  Raw<T> raw[kSteps];
+  if (e.aligned != 0 && (chunk + 1) * kChunk <= e.numel) {
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      raw[step].load(grad + step * kStride, true, 0);
+    }
+  } else {
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      raw[step].load(grad + step * kStride, false, e.numel - first - step * kStride);
+    }
+  }
   float sum = 0.0f;
 #pragma unroll
-  for (int step = 0; step < kSteps; ++step, offset += kStride) {
-    const int64_t rest = e.numel - offset;
-    if (rest > 0) {
-      const int count = rest >= kVec ? kVec : static_cast<int>(rest);
-      Raw<T> raw;
-      raw.load(static_cast<const T*>(e.grad) + offset, count == kVec && e.aligned != 0, count);
+  for (int step = 0; step < kSteps; ++step) {
+    float x[kVec];
+    raw[step].get(x);
 #pragma unroll
-      for (int i = 0; i < kVec; ++i) {
-        const float x = decode_float<T>(raw.get(i));
-        sum = Ops::fma(x, x, sum);
-      }
+    for (int i = 0; i < kVec; ++i) {
+      sum = Ops::fma(x[i], x[i], sum);
     }
   }
   return sum;
@@ -51,17 +64,17 @@ __global__ void __launch_bounds__(kThreads) adamw_norm_kernel(const __grid_const
   __shared__ float scratch[1][kMaxWarps];
   const int32_t chunk = blockIdx.x;
   const NormEntry& e = norm.entries[find_entry(norm.entries, norm.header.count, chunk)];
-  const int64_t offset = (chunk - e.first_chunk) * kChunk + threadIdx.x * kVec;
+  const int64_t own = chunk - e.first_chunk;
   float sum[1];
   switch (static_cast<DType>(e.dtype)) {
     case DType::kFloat:
-      sum[0] = square_sum<float>(e, offset);
+      sum[0] = square_sum<float>(e, own);
       break;
     case DType::kBFloat16:
-      sum[0] = square_sum<__nv_bfloat16>(e, offset);
+      sum[0] = square_sum<__nv_bfloat16>(e, own);
       break;
     default:
-      sum[0] = square_sum<__half>(e, offset);
+      sum[0] = square_sum<__half>(e, own);
   }
   row_sum(sum, scratch);
   if (threadIdx.x == 0) {
@@ -87,6 +100,10 @@ __global__ void __launch_bounds__(1024) adamw_root_kernel(const float* parts, in
   if (threadIdx.x == 0) {
     *norm = static_cast<float>(sqrt(sums[0]));
   }
+}
+
+int64_t chunks(int64_t numel) {
+  return (numel + kChunk - 1) / kChunk;
 }
 
 }  // namespace

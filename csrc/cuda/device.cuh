@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 namespace fastllm {
 
@@ -46,6 +47,53 @@ __device__ __forceinline__ To bits_as(From from) {
   return to;
 }
 
+// 32 bits of memory: a float, or two numbers of 16 bits, rounded by one instruction.
+template <class T>
+__device__ __forceinline__ uint32_t word_of(const float* x) {
+  if constexpr (sizeof(T) == 4) {
+    return bits_as<uint32_t>(x[0]);
+  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return bits_as<uint32_t>(__floats2bfloat162_rn(x[0], x[1]));
+  } else {
+    return bits_as<uint32_t>(__floats2half2_rn(x[0], x[1]));
+  }
+}
+
+// The float in a word of memory, or the first or second of two numbers of 16 bits.
+template <class T>
+__device__ __forceinline__ float float_of(uint32_t word, bool second) {
+  if constexpr (sizeof(T) == 4) {
+    return bits_as<float>(word);
+  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return bits_as<float>(second ? word & 0xffff0000u : word << 16);  // one instruction each
+  } else {
+    return to_float(bits_as<T>(static_cast<uint16_t>(second ? word >> 16 : word)));
+  }
+}
+
+// Stores 4, 8 or 16 bytes by one instruction. The compiler takes a vector apart whose words are computed apart.
+template <int kWords>
+__device__ __forceinline__ void store_words(void* p, const uint32_t (&words)[kWords]) {
+  static_assert(kWords == 1 || kWords == 2 || kWords == 4);
+#ifdef FASTLLM_CUDA_EMULATION
+  memcpy(p, words, sizeof(words));
+#else
+  const auto address = __cvta_generic_to_global(p);
+  if constexpr (kWords == 4) {
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(address),
+                 "r"(words[0]),
+                 "r"(words[1]),
+                 "r"(words[2]),
+                 "r"(words[3])
+                 : "memory");
+  } else if constexpr (kWords == 2) {
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(address), "r"(words[0]), "r"(words[1]) : "memory");
+  } else {
+    asm volatile("st.global.b32 [%0], %1;" ::"l"(address), "r"(words[0]) : "memory");
+  }
+#endif
+}
+
 // kVec elements moved by one instruction: 16 bytes in the fast paths. Held as 32-bit words: as an array of 16-bit
 // elements, the compiler would give each a register of its own.
 template <class T, int kVec>
@@ -55,20 +103,13 @@ struct alignas(sizeof(T) * kVec) Packed {
   uint32_t words[kVec / kPerWord];
 
   __device__ __forceinline__ float get(int i) const {
-    if constexpr (kPerWord == 1) {
-      return bits_as<float>(words[i]);
-    } else {
-      return to_float(bits_as<T>(static_cast<uint16_t>(words[i / 2] >> (i % 2 * 16))));
-    }
+    return float_of<T>(words[i / kPerWord], i % kPerWord != 0);
   }
 
-  // Elements are set in order, each once: an even one clears the odd one beside it.
-  __device__ __forceinline__ void set(int i, float value) {
-    if constexpr (kPerWord == 1) {
-      words[i] = bits_as<uint32_t>(value);
-    } else {
-      const uint32_t bits = bits_as<uint16_t>(from_float<T>(value));
-      words[i / 2] = i % 2 == 0 ? bits : words[i / 2] | bits << 16;
+  __device__ __forceinline__ void set(const float (&x)[kVec]) {
+#pragma unroll
+    for (int i = 0; i < kVec; i += kPerWord) {
+      words[i / kPerWord] = word_of<T>(x + i);
     }
   }
 };
@@ -80,8 +121,8 @@ struct Packed<T, 1> {
   __device__ __forceinline__ float get(int) const {
     return to_float(value);
   }
-  __device__ __forceinline__ void set(int, float x) {
-    value = from_float<T>(x);
+  __device__ __forceinline__ void set(const float (&x)[1]) {
+    value = from_float<T>(x[0]);
   }
 };
 
@@ -95,7 +136,11 @@ __device__ __forceinline__ Packed<T, kVec> load_packed(const T* p) {
 
 template <class T, int kVec>
 __device__ __forceinline__ void store_packed(T* p, const Packed<T, kVec>& value) {
-  *reinterpret_cast<Packed<T, kVec>*>(p) = value;
+  if constexpr (kVec == 1) {
+    *p = value.value;
+  } else {
+    store_words(p, value.words);
+  }
 }
 
 // kVec elements of a weight or bias at `offset` as floats; `fallback` where there is none. Its type is float or T.
@@ -126,6 +171,41 @@ __device__ __forceinline__ void load_param(
   }
 }
 
+// Copies a pack to shared memory without waiting for it, where it has 4 or 16 bytes. wait_for_copies<k>: for all of
+// this thread's but those of the last k groups.
+template <class P>
+__device__ __forceinline__ void copy_async(P* shared, const P* global) {
+#ifndef FASTLLM_CUDA_EMULATION
+  if constexpr (sizeof(P) == 16) {
+    asm volatile(
+        "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+        "l"(__cvta_generic_to_global(global))
+        : "memory");
+    return;
+  } else if constexpr (sizeof(P) == 4) {
+    asm volatile(
+        "cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+        "l"(__cvta_generic_to_global(global))
+        : "memory");
+    return;
+  }
+#endif
+  *shared = *global;
+}
+
+__device__ __forceinline__ void end_group_of_copies() {
+#ifndef FASTLLM_CUDA_EMULATION
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+template <int kGroups>
+__device__ __forceinline__ void wait_for_copies() {
+#ifndef FASTLLM_CUDA_EMULATION
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+#endif
+}
+
 __device__ __forceinline__ float warp_sum(float value) {
 #pragma unroll
   for (int mask = kWarp / 2; mask > 0; mask /= 2) {
@@ -134,8 +214,12 @@ __device__ __forceinline__ float warp_sum(float value) {
   return value;
 }
 
-// Sums `kCount` values over the threads of a row: a warp (blockDim.x == 32, any number of rows a block), or a whole
-// block. `scratch` is for the whole block and must not be the one of the call before: two alternate, so that one
+__device__ __forceinline__ uint32_t warp_max(uint32_t value) {
+  return __reduce_max_sync(0xffffffffu, value);
+}
+
+// Sums `kCount` values over the threads of a row, which are those of one threadIdx.y: a warp, or several, up to
+// kMaxWarps in a block. `scratch` is for several and must not be the one of the call before: two alternate, so that one
 // barrier a call is enough.
 template <int kCount>
 __device__ __forceinline__ void row_sum(float (&values)[kCount], float (&scratch)[kCount][kMaxWarps]) {
@@ -146,17 +230,17 @@ __device__ __forceinline__ void row_sum(float (&values)[kCount], float (&scratch
   if (blockDim.x == kWarp) {
     return;
   }
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp, first = threadIdx.y * warps;
   if (lane == 0) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      scratch[i][warp] = values[i];
+      scratch[i][first + threadIdx.x / kWarp] = values[i];
     }
   }
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    values[i] = warp_sum(lane < warps ? scratch[i][lane] : 0.0f);
+    values[i] = warp_sum(lane < warps ? scratch[i][first + lane] : 0.0f);
   }
 }
 
@@ -175,33 +259,52 @@ inline int warps_for(int64_t threads) {
 }
 
 #ifndef FASTLLM_CUDA_EMULATION
-// A launch, and the two device facts that grids are made from. Tests put a CPU emulation of them in this place.
+// A launch, the shared memory that it gives each block, and the two device facts that grids are made from. Tests put a
+// CPU emulation of them in this place.
 template <class... Params, class... Args>
-inline void launch(void (*kernel)(Params...), dim3 grid, dim3 block, cudaStream_t stream, const Args&... args) {
-  kernel<<<grid, block, 0, stream>>>(args...);
+inline void launch_shared(
+    void (*kernel)(Params...), dim3 grid, dim3 block, int bytes, cudaStream_t stream, const Args&... args) {
+  kernel<<<grid, block, bytes, stream>>>(args...);
+}
+
+__device__ __forceinline__ void* shared_bytes() {
+  extern __shared__ float4 given[];
+  return given;
+}
+
+inline int current_device() {
+  int device = 0;
+  cudaGetDevice(&device);
+  return device % 64;
 }
 
 inline int multiprocessors() {
   static int counts[64] = {};  // by device; a race writes the same value twice
-  int device = 0;
-  cudaGetDevice(&device);
-  int& count = counts[device % 64];
+  const int device = current_device();
+  int& count = counts[device];
   if (count == 0) {
     cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
   }
   return count;
 }
 
-// How many blocks of this many threads one multiprocessor holds. Asked once: the question costs more than a launch.
-template <auto kKernel>
+// How many blocks of this many threads and bytes one multiprocessor holds. Asked once, since the question costs more
+// than a launch; and the kernel is told once that it gets so many bytes.
+template <auto kKernel, int kBytes>
 int blocks_per_multiprocessor(int threads) {
-  static int counts[kMaxWarps + 1] = {};
-  int& count = counts[threads / kWarp];
+  static int counts[64][kMaxWarps + 1] = {};
+  int& count = counts[current_device()][threads / kWarp];
   if (count == 0) {
-    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kKernel, threads, 0);
+    cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kKernel, threads, kBytes);
   }
   return count;
 }
 #endif
+
+template <class... Params, class... Args>
+inline void launch(void (*kernel)(Params...), dim3 grid, dim3 block, cudaStream_t stream, const Args&... args) {
+  launch_shared(kernel, grid, block, 0, stream, args...);
+}
 
 }  // namespace fastllm

@@ -2,12 +2,14 @@
 // Reference: fastllm/reference/_norm.py.
 //
 // One read of x and dy gives dx and the sums over rows: blocks stay, walk over the rows, and keep the dweight and dbias
-// of their columns in registers. Each block writes one row of partial sums, and a second kernel adds those in order and
-// casts, so the result is the same bits every time. Rows too long for registers take two kernels that read from the
-// cache: dx row by row, then the sums column by column.
+// of their columns in registers, while the next rows are on their way into shared memory, where each thread reads what
+// it asked for itself. Each block writes one row of partial sums, and a second kernel adds those in order and casts, so
+// the result is the same bits every time. Rows too long for registers take two kernels that read from the cache: dx row
+// by row, then the sums column by column.
 #include "norm.h"
 
 #include "../math/norm.h"
+#include "candidates.h"
 #include "device.cuh"
 
 namespace fastllm {
@@ -15,10 +17,14 @@ namespace fastllm {
 namespace {
 
 constexpr int kMaxThreads = 512;  // 128 registers a thread: the partial sums of 32 columns and the row's packs
-constexpr int kRowsPerBlock = 8;  // where a row is one warp's
 constexpr int kColumnRows = 32;   // of the column kernels: threads along the rows
 constexpr int kMaxParts = 256;    // of the column kernels: blocks along the rows
 
+// The sums that a row's gradient needs: of g * xhat, and of g where it is centered.
+template <bool kCentered>
+constexpr int kSums = kCentered ? 2 : 1;
+
+// `dsum`: where the pack of that gradient is, or null.
 template <class T, int kVec, bool kCentered>
 __device__ __forceinline__ void store_dx(
     const NormBwd& a,
@@ -26,174 +32,281 @@ __device__ __forceinline__ void store_dx(
     int64_t col,
     const Packed<T, kVec>& x,
     const Packed<T, kVec>& dy,
+    const T* dsum,
     float mean,
     float rstd,
-    float mean_g,
-    float mean_gx) {
-  float weight[kVec];
+    const float (&means)[kSums<kCentered>]) {
+  float weight[kVec], values[kVec];
   load_param<T>(weight, a.weight, a.weight_is_float, col, 1.0f);
-  Packed<T, kVec> dsum, dx;
-  if (a.dsum != nullptr) {
-    dsum = load_packed<T, kVec>(static_cast<const T*>(a.dsum) + row * a.dsum_stride + col);
-  }
 #pragma unroll
   for (int i = 0; i < kVec; ++i) {
     const float xhat = norm_xhat<kCentered>(x.get(i), mean, rstd);
-    float value = norm_dx<kCentered>(dy.get(i) * weight[i], xhat, mean_g, mean_gx, rstd);
-    if (a.dsum != nullptr) {
-      value += dsum.get(i);
-    }
-    dx.set(i, value);
+    values[i] = norm_dx<kCentered>(dy.get(i) * weight[i], xhat, means[kSums<kCentered> - 1], means[0], rstd);
   }
+  if (dsum != nullptr) {
+    const auto packed = load_packed<T, kVec>(dsum);
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) {
+      values[i] += packed.get(i);
+    }
+  }
+  Packed<T, kVec> dx;
+  dx.set(values);
   store_packed<T, kVec>(static_cast<T*>(a.dx) + row * a.n + col, dx);
 }
 
-// Adds a pack's part to the row's sums of g and g * xhat.
-template <class T, int kVec, bool kCentered>
+// Adds a pack's part to the row's sums. use(i, dy, xhat) is called for each element.
+template <class T, int kVec, bool kCentered, class Use>
 __device__ __forceinline__ void add_row_sums(
-    float (&sums)[2],
+    float (&sums)[kSums<kCentered>],
     const NormBwd& a,
     int64_t col,
     const Packed<T, kVec>& x,
     const Packed<T, kVec>& dy,
     float mean,
-    float rstd) {
+    float rstd,
+    Use use) {
   float weight[kVec];
   load_param<T>(weight, a.weight, a.weight_is_float, col, 1.0f);
 #pragma unroll
   for (int i = 0; i < kVec; ++i) {
-    const float g = dy.get(i) * weight[i];
-    sums[0] += g;
-    sums[1] += g * norm_xhat<kCentered>(x.get(i), mean, rstd);
+    const float xhat = norm_xhat<kCentered>(x.get(i), mean, rstd), g = dy.get(i) * weight[i];
+    sums[0] += g * xhat;
+    if constexpr (kCentered) {
+      sums[1] += g;
+    }
+    use(i, dy.get(i), xhat);
   }
 }
 
-// Adds the warps' sums, in order, into those of warp 0.
+// Where a thread of so many columns is in its block. A row is the threads' of one threadIdx.y; one of 32 columns a
+// thread is the whole block's, which has all its threads then: what is constant needs no registers.
 template <int kColumns>
-__device__ __forceinline__ void sum_warps(float (&values)[kColumns], float (*shared)[kWarp * kColumns]) {
+struct Place {
+  static constexpr bool kOneRow = kColumns > 16;
+  using Row = std::conditional_t<kOneRow, int, int64_t>;  // no memory holds 2^31 rows of more than 8,192 elements
+  static __device__ __forceinline__ int row() {
+    return kOneRow ? 0 : threadIdx.y;
+  }
+  static __device__ __forceinline__ int rows() {
+    return kOneRow ? 1 : blockDim.y;
+  }
+  static __device__ __forceinline__ int row_threads() {
+    return kOneRow ? kMaxThreads : blockDim.x;
+  }
+  static __device__ __forceinline__ int thread() {
+    return row() * row_threads() + threadIdx.x;
+  }
+};
+
+// A block's rows on their way: for each thread its packs of x, dy and dsum, in shared memory that it shares with none.
+// Of x and dy there is room for the next two rows, or for one where that is as much memory as some chips have.
+template <class T, int kVec, int kPacks>
+struct Staged {
+  static constexpr int kAhead = sizeof(T) * kVec * kPacks <= 32 ? 2 : 1;
+  static constexpr int kX = 0, kDy = kAhead, kDsum = 2 * kAhead;  // and which of the rows
+  static constexpr int kBytes = (kDsum + 1) * kPacks * kMaxThreads * sizeof(Packed<T, kVec>);
+  static_assert(kBytes <= 96 << 10);
+  Packed<T, kVec>* packs = static_cast<Packed<T, kVec>*>(shared_bytes());
+
+  __device__ __forceinline__ Packed<T, kVec>* at(int which, int p) const {
+    return packs + (which * kPacks + p) * kMaxThreads + Place<kVec * kPacks>::thread();
+  }
+
+  // Asks for a row's packs from `col` on, `step` elements apart.
+  __device__ __forceinline__ void fetch(int which, const T* row, int col, int step, int n) const {
+#pragma unroll
+    for (int p = 0; p < kPacks; ++p) {
+      if (col + p * step < n) {
+        copy_async(at(which, p), reinterpret_cast<const Packed<T, kVec>*>(row + col + p * step));
+      }
+    }
+  }
+};
+
+// Adds the sums of the block's other rows, in order, to those of the first. `shared`: floats for every thread's
+// columns.
+template <int kColumns>
+__device__ __forceinline__ void sum_rows(float (&values)[kColumns], float* shared) {
+  using Here = Place<kColumns>;
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < kColumns; ++i) {
-    shared[threadIdx.y][i * kWarp + threadIdx.x] = values[i];
+    shared[i * kMaxThreads + Here::thread()] = values[i];
   }
   __syncthreads();
-  if (threadIdx.y == 0) {
+  if (Here::row() == 0) {
 #pragma unroll 1
-    for (int warp = 1; warp < kRowsPerBlock; ++warp) {
+    for (int row = 1; row < Here::rows(); ++row) {
 #pragma unroll
       for (int i = 0; i < kColumns; ++i) {
-        values[i] += shared[warp][i * kWarp + threadIdx.x];
+        values[i] += shared[i * kMaxThreads + row * Here::row_threads() + threadIdx.x];
       }
     }
   }
 }
 
 template <int kVec, int kColumns>
-__device__ __forceinline__ void store_parts(float* parts, int64_t n, const float (&values)[kColumns]) {
-  if (parts == nullptr || threadIdx.y > 0) {
+__device__ __forceinline__ void store_parts(float* parts, int n, const float (&values)[kColumns]) {
+  using Here = Place<kColumns>;
+  if (parts == nullptr || Here::row() > 0) {
     return;
   }
+  constexpr int kStep = kVec < kFullVec<float> ? kVec : kFullVec<float>;
 #pragma unroll
-  for (int i = 0; i < kColumns; ++i) {
-    const int64_t col = (static_cast<int64_t>(i / kVec) * blockDim.x + threadIdx.x) * kVec + i % kVec;
+  for (int i = 0; i < kColumns; i += kStep) {
+    const int col = (i / kVec * Here::row_threads() + threadIdx.x) * kVec + i % kVec;
     if (col < n) {
-      parts[blockIdx.x * n + col] = values[i];
+      float own[kStep];
+#pragma unroll
+      for (int j = 0; j < kStep; ++j) {
+        own[j] = values[i + j];
+      }
+      Packed<float, kStep> packed;
+      packed.set(own);
+      store_packed<float, kStep>(parts + static_cast<int64_t>(blockIdx.x) * n + col, packed);
     }
   }
 }
 
-// kWarpRows: a row is one warp's, kRowsPerBlock of them a block; else it is a block's.
-template <class T, int kVec, int kPacks, bool kCentered, bool kWarpRows>
-__global__ void __launch_bounds__(kWarpRows ? kWarp * kRowsPerBlock : kMaxThreads, 1)
-    norm_bwd_registers(NormBwd a, float* dweight, float* dbias) {
+template <class T, int kVec, int kPacks, bool kCentered>
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    norm_bwd_registers(NormBwd a, float inverse_n, float* dweight, float* dbias) {
   constexpr int kColumns = kVec * kPacks;
-  const int n = static_cast<int>(a.n);
+  using Here = Place<kColumns>;
+  using Row = typename Here::Row;
+  using Rows = Staged<T, kVec, kPacks>;
+  static_assert(Rows::kBytes >= sizeof(float[kColumns][kMaxThreads]));  // for sum_rows
+  __shared__ float scratch[2][kSums<kCentered>][kMaxWarps];
+  const Rows staged;
+  const int n = static_cast<int>(a.n), col = threadIdx.x * kVec, step = Here::row_threads() * kVec;
+  const Row rows = static_cast<Row>(a.rows);
+  const Row rows_apart = static_cast<Row>(gridDim.x) * Here::rows();
+  // Of each warp's next row, for which its first lane asks: registers are short.
+  __shared__ float statistics[kMaxThreads / kWarp][Rows::kAhead][2];
+  float (*const own)[2] = statistics[Here::thread() / kWarp];
+  const auto fetch_inputs = [&](Row row, int which) {
+    if (row < rows) {
+      staged.fetch(Rows::kX + which, static_cast<const T*>(a.x) + static_cast<int64_t>(row) * a.x_stride, col, step, n);
+      staged.fetch(
+          Rows::kDy + which, static_cast<const T*>(a.dy) + static_cast<int64_t>(row) * a.dy_stride, col, step, n);
+      if (threadIdx.x % kWarp == 0) {
+        if constexpr (kCentered) {
+          copy_async(&own[which][0], a.mean + row);
+        }
+        copy_async(&own[which][1], a.rstd + row);
+      }
+    }
+    end_group_of_copies();
+  };
+  const auto fetch_dsum = [&](Row row) {
+    if (a.dsum != nullptr && row < rows) {
+      staged.fetch(
+          Rows::kDsum, static_cast<const T*>(a.dsum) + static_cast<int64_t>(row) * a.dsum_stride, col, step, n);
+    }
+    end_group_of_copies();
+  };
+
   float dw[kColumns] = {};
   float db[kCentered ? kColumns : 1] = {};
-  int parity = 0;
-  const int64_t first = kWarpRows ? static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.y : blockIdx.x;
-  const int64_t step = kWarpRows ? static_cast<int64_t>(gridDim.x) * kRowsPerBlock : gridDim.x;
-  for (int64_t row = first; row < a.rows; row += step) {
-    const T* x_row = static_cast<const T*>(a.x) + row * a.x_stride;
-    const T* dy_row = static_cast<const T*>(a.dy) + row * a.dy_stride;
+  int parity = 0;  // of the rows so far
+  const Row first = static_cast<Row>(blockIdx.x) * Here::rows();
+#pragma unroll
+  for (int i = 0; i < Rows::kAhead; ++i) {
+    fetch_inputs(first + i * rows_apart + Here::row(), i);
+  }
+  fetch_dsum(first + Here::row());
+  // As often for all threads of a block, which meet in row_sum: the last rows of some may not exist.
+  for (Row block = first; block < rows; block += rows_apart) {
+    const Row row = block + Here::row();
+    const int end = Here::kOneRow || row < rows ? n : 0;  // of the columns
+    const int which = Rows::kAhead == 2 ? parity : 0;
+    wait_for_copies<Rows::kAhead>();  // of x, dy and the statistics
+    __syncwarp();
     Packed<T, kVec> x[kPacks], dy[kPacks];
 #pragma unroll
     for (int p = 0; p < kPacks; ++p) {
-      const int col = (p * blockDim.x + threadIdx.x) * kVec;
-      if (col < n) {
-        x[p] = load_packed<T, kVec>(x_row + col);
-        dy[p] = load_packed<T, kVec>(dy_row + col);
+      if (col + p * step < end) {
+        x[p] = *staged.at(Rows::kX + which, p);
+        dy[p] = *staged.at(Rows::kDy + which, p);
       }
     }
-    const float mean = kCentered ? a.mean[row] : 0.0f, rstd = a.rstd[row];
-    float sums[2] = {};
+    const float mean = kCentered ? own[which][0] : 0.0f, rstd = own[which][1];
+    __syncwarp();
+    fetch_inputs(row + Rows::kAhead * rows_apart, which);
+    float sums[kSums<kCentered>] = {};
 #pragma unroll
     for (int p = 0; p < kPacks; ++p) {
-      const int col = (p * blockDim.x + threadIdx.x) * kVec;
-      if (col < n) {
-        add_row_sums<T, kVec, kCentered>(sums, a, col, x[p], dy[p], mean, rstd);
-#pragma unroll
-        for (int i = 0; i < kVec; ++i) {
-          dw[p * kVec + i] += dy[p].get(i) * norm_xhat<kCentered>(x[p].get(i), mean, rstd);
+      if (col + p * step < end) {
+        const auto add_columns = [&](int i, float dy, float xhat) {
+          dw[p * kVec + i] += dy * xhat;
           if constexpr (kCentered) {
-            db[p * kVec + i] += dy[p].get(i);
+            db[p * kVec + i] += dy;
           }
-        }
+        };
+        add_row_sums<T, kVec, kCentered>(sums, a, col + p * step, x[p], dy[p], mean, rstd, add_columns);
       }
     }
-    if constexpr (kWarpRows) {
-      sums[0] = warp_sum(sums[0]);
-      sums[1] = warp_sum(sums[1]);
-    } else {
-      __shared__ float scratch[2][2][kMaxWarps];
-      row_sum(sums, scratch[parity]);
-      parity ^= 1;
+    row_sum(sums, scratch[Here::kOneRow ? 0 : parity]);
+    if constexpr (Here::kOneRow) {  // a barrier more, for want of a register
+      __syncthreads();
     }
-    sums[0] /= static_cast<float>(n);
-    sums[1] /= static_cast<float>(n);
+    parity ^= 1;
+#pragma unroll
+    for (int i = 0; i < kSums<kCentered>; ++i) {
+      sums[i] *= inverse_n;
+    }
+    wait_for_copies<1>();  // of dsum
 #pragma unroll
     for (int p = 0; p < kPacks; ++p) {
-      const int col = (p * blockDim.x + threadIdx.x) * kVec;
-      if (col < n) {
-        store_dx<T, kVec, kCentered>(a, row, col, x[p], dy[p], mean, rstd, sums[0], sums[1]);
+      if (col + p * step < end) {
+        const T* const dsum = a.dsum == nullptr ? nullptr : reinterpret_cast<const T*>(staged.at(Rows::kDsum, p));
+        store_dx<T, kVec, kCentered>(a, row, col + p * step, x[p], dy[p], dsum, mean, rstd, sums);
       }
     }
+    fetch_dsum(row + rows_apart);
   }
-  if constexpr (kWarpRows) {
-    __shared__ float shared[kRowsPerBlock][kWarp * kColumns];
-    sum_warps(dw, shared);
+  if (!Here::kOneRow && Here::rows() > 1) {
+    wait_for_copies<0>();
+    float* const shared = static_cast<float*>(shared_bytes());
+    sum_rows(dw, shared);
     if constexpr (kCentered) {
-      sum_warps(db, shared);
+      sum_rows(db, shared);
     }
   }
-  store_parts<kVec>(dweight, a.n, dw);
+  store_parts<kVec>(dweight, n, dw);
   if constexpr (kCentered) {
-    store_parts<kVec>(dbias, a.n, db);
+    store_parts<kVec>(dbias, n, db);
   }
 }
 
 template <class T, int kVec, bool kCentered>
-__global__ void __launch_bounds__(kMaxThreads, 1) norm_bwd_loop(NormBwd a) {
-  __shared__ float scratch[2][2][kMaxWarps];
-  const float n = static_cast<float>(a.n);
+__global__ void __launch_bounds__(kMaxThreads, 1) norm_bwd_loop(NormBwd a, float inverse_n) {
+  __shared__ float scratch[2][kSums<kCentered>][kMaxWarps];
   const int64_t first = static_cast<int64_t>(threadIdx.x) * kVec, step = static_cast<int64_t>(blockDim.x) * kVec;
   int parity = 0;
   for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
     const T* x = static_cast<const T*>(a.x) + row * a.x_stride;
     const T* dy = static_cast<const T*>(a.dy) + row * a.dy_stride;
     const float mean = kCentered ? a.mean[row] : 0.0f, rstd = a.rstd[row];
-    float sums[2] = {};
+    float sums[kSums<kCentered>] = {};
     for (int64_t col = first; col < a.n; col += step) {
       const auto x_pack = load_packed<T, kVec>(x + col);
       const auto dy_pack = load_packed<T, kVec>(dy + col);
-      add_row_sums<T, kVec, kCentered>(sums, a, col, x_pack, dy_pack, mean, rstd);
+      add_row_sums<T, kVec, kCentered>(sums, a, col, x_pack, dy_pack, mean, rstd, [](int, float, float) {});
     }
     row_sum(sums, scratch[parity]);
     parity ^= 1;
+#pragma unroll
+    for (int i = 0; i < kSums<kCentered>; ++i) {
+      sums[i] *= inverse_n;
+    }
+    const T* dsum = static_cast<const T*>(a.dsum) + row * a.dsum_stride;
     for (int64_t col = first; col < a.n; col += step) {
       const auto x_pack = load_packed<T, kVec>(x + col);
       const auto dy_pack = load_packed<T, kVec>(dy + col);
-      store_dx<T, kVec, kCentered>(a, row, col, x_pack, dy_pack, mean, rstd, sums[0] / n, sums[1] / n);
+      store_dx<T, kVec, kCentered>(
+          a, row, col, x_pack, dy_pack, a.dsum == nullptr ? nullptr : dsum + col, mean, rstd, sums);
     }
   }
 }
@@ -273,26 +386,36 @@ __global__ void __launch_bounds__(kWarp* kColumnRows) norm_bwd_reduce(NormParamG
   }
 }
 
+int64_t at_most(int64_t value, int64_t limit) {
+  return value < limit ? value : limit;
+}
+
 // What runs for these arguments. One description serves the launch and the count of partial sums.
 struct Plan {
-  void (*registers)(NormBwd, float*, float*);  // null: the loop and column kernels
-  int (*registers_blocks)(int threads);        // how many of its blocks a multiprocessor holds
-  void (*loop)(NormBwd);
+  void (*registers)(NormBwd, float, float*, float*);  // null: the loop and column kernels
+  int (*registers_blocks)(int threads);               // how many of its blocks a multiprocessor holds
+  int bytes;                                          // of shared memory that its blocks get
+  void (*loop)(NormBwd, float);
   void (*columns)(NormBwd, float*, float*);
   dim3 block;
 };
 
 template <class T, int kVec, int kPacks, bool kCentered>
-Plan plan_warp_rows() {
-  constexpr auto kKernel = norm_bwd_registers<T, kVec, kPacks, kCentered, true>;
-  return {kKernel, blocks_per_multiprocessor<kKernel>, nullptr, nullptr, dim3(kWarp, kRowsPerBlock)};
-}
-
-template <class T, int kVec, int kPacks, bool kCentered>
-Plan plan_block_rows(const NormBwd& a) {
-  const int threads = warps_for(ceil_div(a.n, static_cast<int64_t>(kVec) * kPacks));
-  constexpr auto kKernel = norm_bwd_registers<T, kVec, kPacks, kCentered, false>;
-  return {kKernel, blocks_per_multiprocessor<kKernel>, nullptr, nullptr, dim3(threads)};
+Plan plan_registers(const NormBwd& a) {
+  constexpr auto kKernel = norm_bwd_registers<T, kVec, kPacks, kCentered>;
+  constexpr int kBytes = Staged<T, kVec, kPacks>::kBytes;
+  const int threads =
+      Place<kVec * kPacks>::kOneRow ? kMaxThreads : warps_for(ceil_div(a.n, static_cast<int64_t>(kVec) * kPacks));
+  // As many rows as a block has the threads for, so that there are few rows of partial sums; but work for all.
+  const int most = kNormBwdThreads[candidate(Tuned::kNormBwd)];
+  const int64_t rows = at_most(a.rows / multiprocessors(), most / threads);
+  return {
+      kKernel,
+      blocks_per_multiprocessor<kKernel, kBytes>,
+      kBytes,
+      nullptr,
+      nullptr,
+      dim3(threads, rows < 1 ? 1 : rows)};
 }
 
 template <class T, bool kCentered>
@@ -301,28 +424,23 @@ Plan plan_typed(const NormBwd& a) {
   const bool packs = a.n % kVec == 0 && a.x_stride % kVec == 0 && a.dy_stride % kVec == 0 &&
                      a.dsum_stride % kVec == 0 && is_aligned<T, kVec>(a.x) && is_aligned<T, kVec>(a.dy) &&
                      is_aligned<T, kVec>(a.dsum) && is_aligned<T, kVec>(a.dx) && is_aligned<float, 4>(a.weight);
-  // Elements a thread: as few as let one warp hold the row, else 16; 32 where 16 bits each leave the registers for it.
-  if (!packs && a.n <= 8 * kWarp) {
-    return plan_warp_rows<T, 1, 8, kCentered>();
-  } else if (!packs && a.n <= 4 * kMaxThreads) {
-    return plan_block_rows<T, 1, 4, kCentered>(a);
+  // Elements a thread: 8 where one warp holds the row, else 16; 32 where 16 bits each leave the registers for it.
+  if (!packs && a.n <= 8 * kMaxThreads) {
+    return plan_registers<T, 1, 8, kCentered>(a);
   } else if (packs && a.n <= 8 * kWarp) {
-    return plan_warp_rows<T, kVec, 8 / kVec, kCentered>();
-  } else if (packs && a.n <= 16 * kWarp) {
-    return plan_warp_rows<T, kVec, 16 / kVec, kCentered>();
-  } else if (packs && sizeof(T) == 2 && a.n <= 32 * kWarp) {
-    return plan_warp_rows<T, kVec, 32 / kVec, kCentered>();
+    return plan_registers<T, kVec, 8 / kVec, kCentered>(a);
   } else if (packs && a.n <= 16 * kMaxThreads) {
-    return plan_block_rows<T, kVec, 16 / kVec, kCentered>(a);
+    return plan_registers<T, kVec, 16 / kVec, kCentered>(a);
   }
   if constexpr (sizeof(T) == 2) {
     if (packs && a.n <= 32 * kMaxThreads) {
-      return plan_block_rows<T, kVec, 32 / kVec, kCentered>(a);
+      return plan_registers<T, kVec, 32 / kVec, kCentered>(a);
     }
   }
   return {
       nullptr,
       nullptr,
+      0,
       packs ? norm_bwd_loop<T, kVec, kCentered> : norm_bwd_loop<T, 1, kCentered>,
       norm_bwd_columns<T, kCentered>,
       dim3(kMaxThreads)};
@@ -344,10 +462,6 @@ Plan make_plan(const NormBwd& a) {
   return a.centered ? plan_centered<true>(a) : plan_centered<false>(a);
 }
 
-int64_t at_most(int64_t value, int64_t limit) {
-  return value < limit ? value : limit;
-}
-
 }  // namespace
 
 int64_t norm_bwd_parts(const NormBwd& a) {
@@ -363,10 +477,20 @@ void launch_norm_bwd(const NormBwd& a, const NormParamGrads& grads, int64_t part
   const Plan plan = make_plan(a);
   const bool any = grads.dweight_parts != nullptr || grads.dbias_parts != nullptr;
   const dim3 column_block(kWarp, kColumnRows);
+  const float inverse_n = 1.0f / static_cast<float>(a.n);
   if (plan.registers != nullptr) {
-    launch(plan.registers, dim3(parts), plan.block, stream, a, grads.dweight_parts, grads.dbias_parts);
+    launch_shared(
+        plan.registers,
+        dim3(parts),
+        plan.block,
+        plan.bytes,
+        stream,
+        a,
+        inverse_n,
+        grads.dweight_parts,
+        grads.dbias_parts);
   } else {
-    launch(plan.loop, dim3(at_most(a.rows, int64_t{1} << 30)), plan.block, stream, a);
+    launch(plan.loop, dim3(at_most(a.rows, int64_t{1} << 30)), plan.block, stream, a, inverse_n);
     if (any) {
       const dim3 grid(ceil_div(a.n, kWarp), parts);
       launch(plan.columns, grid, column_block, stream, a, grads.dweight_parts, grads.dbias_parts);

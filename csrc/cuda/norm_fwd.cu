@@ -7,6 +7,7 @@
 #include "norm.h"
 
 #include "../math/norm.h"
+#include "candidates.h"
 #include "device.cuh"
 
 namespace fastllm {
@@ -16,21 +17,61 @@ namespace {
 constexpr int kMaxThreads = 512;
 constexpr int kRowsPerBlock = 4;  // where a row is one warp's
 
-// A pack of x, with the residual added, rounded and stored as the sum.
-template <class T, int kVec>
-__device__ __forceinline__ Packed<T, kVec> load_input(const NormFwd& a, int64_t row, int64_t col) {
-  const auto x = load_packed<T, kVec>(static_cast<const T*>(a.x) + row * a.x_stride + col);
-  if (a.residual == nullptr) {
-    return x;
-  }
-  const auto residual = load_packed<T, kVec>(static_cast<const T*>(a.residual) + row * a.residual_stride + col);
-  Packed<T, kVec> sum;
+// Launch bounds by the bytes that a thread keeps of a row, so that a multiprocessor holds 1,024 threads or more, whose
+// loads cover memory's latency: 48 registers a thread, or 64.
+template <class T, int kVec, int kPacks>
+struct Bounds {
+  static constexpr int kBytes = sizeof(T) * kVec * kPacks;
+  static constexpr bool kSmall = kVec > 1 && kBytes <= 32;
+  static constexpr int kThreads = kSmall ? 256 : kMaxThreads;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000  // where nvcc 13 spills what sm_80 and sm_90 hold
+  static constexpr int kBlocks = kSmall ? 3 : 1;
+#else
+  static constexpr int kBlocks = kSmall ? 5 : kVec > 1 && kBytes <= 64 ? 2 : 1;
+#endif
+};
+
+// A thread's packs of x, `step` elements apart, with the residual added, rounded and stored as the sum. Stores hold up
+// the loads behind them: x is loaded first, and of the residual as much at a time as the registers allow.
+template <class T, int kVec, int kPacks, class Index>
+__device__ __forceinline__ void load_input(
+    Packed<T, kVec> (&x)[kPacks], const NormFwd& a, int64_t row, Index col, Index step) {
+  constexpr int kMost = kVec == 1 ? 4 : 2, kGroup = kMost < kPacks ? kMost : kPacks;
+  const Index n = static_cast<Index>(a.n);
+  const T* const x_row = static_cast<const T*>(a.x) + row * a.x_stride;
 #pragma unroll
-  for (int i = 0; i < kVec; ++i) {
-    sum.set(i, x.get(i) + residual.get(i));
+  for (int p = 0; p < kPacks; ++p) {
+    if (col + p * step < n) {
+      x[p] = load_packed<T, kVec>(x_row + col + p * step);
+    }
   }
-  store_packed<T, kVec>(static_cast<T*>(a.sum) + row * a.n + col, sum);
-  return sum;
+  if (a.residual == nullptr) {
+    return;
+  }
+  const T* const residual_row = static_cast<const T*>(a.residual) + row * a.residual_stride;
+  T* const sum_row = static_cast<T*>(a.sum) + row * a.n;
+#pragma unroll
+  for (int first = 0; first < kPacks; first += kGroup) {
+    Packed<T, kVec> residual[kGroup];
+#pragma unroll
+    for (int p = 0; p < kGroup; ++p) {
+      if (col + (first + p) * step < n) {
+        residual[p] = load_packed<T, kVec>(residual_row + col + (first + p) * step);
+      }
+    }
+#pragma unroll
+    for (int p = 0; p < kGroup; ++p) {
+      if (col + (first + p) * step < n) {
+        float sum[kVec];
+#pragma unroll
+        for (int i = 0; i < kVec; ++i) {
+          sum[i] = x[first + p].get(i) + residual[p].get(i);
+        }
+        x[first + p].set(sum);
+        store_packed<T, kVec>(sum_row + col + (first + p) * step, x[first + p]);
+      }
+    }
+  }
 }
 
 // The row's first element, as load_input gives it: the mean is summed from there (math/norm.h).
@@ -49,12 +90,23 @@ __device__ __forceinline__ void store_output(
   float weight[kVec], bias[kVec];
   load_param<T>(weight, a.weight, a.weight_is_float, col, 1.0f);
   load_param<T>(bias, a.bias, a.bias_is_float, col, 0.0f);
-  Packed<T, kVec> y;
+  float y[kVec];
 #pragma unroll
   for (int i = 0; i < kVec; ++i) {
-    y.set(i, norm_xhat<kCentered>(x.get(i), mean, rstd) * weight[i] + bias[i]);
+    y[i] = norm_xhat<kCentered>(x.get(i), mean, rstd) * weight[i] + bias[i];
   }
-  store_packed<T, kVec>(static_cast<T*>(a.y) + row * a.n + col, y);
+  Packed<T, kVec> packed;
+  packed.set(y);
+  store_packed<T, kVec>(static_cast<T*>(a.y) + row * a.n + col, packed);
+}
+
+// As math/norm.h, without branches: the root's reciprocal is an approximation that one step of Newton's makes as good
+// as a division of a root. Where that step makes no sense, of 0 and infinity, the approximation is exact.
+__device__ __forceinline__ float row_rstd(float sum_of_squares, float inverse_n, float eps) {
+  const float variance = sum_of_squares * inverse_n + eps;
+  const float r = rsqrtf(variance);
+  const float better = r + 0.5f * r * (1.0f - variance * r * r);
+  return variance > 0.0f && variance <= 3.402823466e+38f ? better : r;
 }
 
 template <bool kCentered>
@@ -69,26 +121,21 @@ __device__ __forceinline__ void store_statistics(const NormFwd& a, int64_t row, 
 
 // Rows in registers: kPacks packs of kVec elements a thread.
 template <class T, int kVec, int kPacks, bool kCentered>
-__global__ void __launch_bounds__(kMaxThreads, 1) norm_fwd_registers(NormFwd a) {
+__global__ void __launch_bounds__(Bounds<T, kVec, kPacks>::kThreads, Bounds<T, kVec, kPacks>::kBlocks)
+    norm_fwd_registers(NormFwd a, float inverse_n) {
   __shared__ float scratch[2][1][kMaxWarps];
-  const float n = static_cast<float>(a.n);
+  const int n = static_cast<int>(a.n), col = threadIdx.x * kVec, step = blockDim.x * kVec;
   for (int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y; row < a.rows;
        row += static_cast<int64_t>(gridDim.x) * blockDim.y) {
     Packed<T, kVec> x[kPacks];
-#pragma unroll
-    for (int p = 0; p < kPacks; ++p) {
-      const int64_t col = (static_cast<int64_t>(p) * blockDim.x + threadIdx.x) * kVec;
-      if (col < a.n) {
-        x[p] = load_input<T, kVec>(a, row, col);
-      }
-    }
+    load_input(x, a, row, col, step);
     float mean = 0.0f;
     if constexpr (kCentered) {
       const float first = load_first<T>(a, row);
       float total[1] = {};
 #pragma unroll
       for (int p = 0; p < kPacks; ++p) {
-        if ((static_cast<int64_t>(p) * blockDim.x + threadIdx.x) * kVec < a.n) {
+        if (col + p * step < n) {
 #pragma unroll
           for (int i = 0; i < kVec; ++i) {
             total[0] += x[p].get(i) - first;
@@ -96,12 +143,12 @@ __global__ void __launch_bounds__(kMaxThreads, 1) norm_fwd_registers(NormFwd a) 
         }
       }
       row_sum(total, scratch[0]);
-      mean = first + total[0] / n;
+      mean = first + total[0] * inverse_n;
     }
     float squares[1] = {};
 #pragma unroll
     for (int p = 0; p < kPacks; ++p) {
-      if ((static_cast<int64_t>(p) * blockDim.x + threadIdx.x) * kVec < a.n) {
+      if (col + p * step < n) {
 #pragma unroll
         for (int i = 0; i < kVec; ++i) {
           const float d = norm_center<kCentered>(x[p].get(i), mean);
@@ -110,13 +157,12 @@ __global__ void __launch_bounds__(kMaxThreads, 1) norm_fwd_registers(NormFwd a) 
       }
     }
     row_sum(squares, scratch[1]);
-    const float rstd = norm_rstd(squares[0], n, a.eps);
+    const float rstd = row_rstd(squares[0], inverse_n, a.eps);
     store_statistics<kCentered>(a, row, mean, rstd);
 #pragma unroll
     for (int p = 0; p < kPacks; ++p) {
-      const int64_t col = (static_cast<int64_t>(p) * blockDim.x + threadIdx.x) * kVec;
-      if (col < a.n) {
-        store_output<T, kVec, kCentered>(a, row, col, x[p], mean, rstd);
+      if (col + p * step < n) {
+        store_output<T, kVec, kCentered>(a, row, col + p * step, x[p], mean, rstd);
       }
     }
     if constexpr (!kCentered) {
@@ -130,9 +176,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1) norm_fwd_registers(NormFwd a) 
 
 // Rows of any length, one block each, read once a pass.
 template <class T, int kVec, bool kCentered>
-__global__ void __launch_bounds__(kMaxThreads, 1) norm_fwd_loop(NormFwd a) {
+__global__ void __launch_bounds__(kMaxThreads, 1) norm_fwd_loop(NormFwd a, float inverse_n) {
   __shared__ float scratch[2][1][kMaxWarps];
-  const float n = static_cast<float>(a.n);
   const int64_t first = static_cast<int64_t>(threadIdx.x) * kVec, step = static_cast<int64_t>(blockDim.x) * kVec;
   for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
     // With a residual, the first pass writes the sum and the later ones read it: each thread what it wrote itself.
@@ -143,15 +188,16 @@ __global__ void __launch_bounds__(kMaxThreads, 1) norm_fwd_loop(NormFwd a) {
       const float origin = load_first<T>(a, row);
       float total[1] = {};
       for (int64_t col = first; col < a.n; col += step) {
-        const auto packed = load_input<T, kVec>(a, row, col);
+        Packed<T, kVec> packed[1];
+        load_input(packed, a, row, col, step);
 #pragma unroll
         for (int i = 0; i < kVec; ++i) {
-          total[0] += packed.get(i) - origin;
+          total[0] += packed[0].get(i) - origin;
         }
       }
       if constexpr (kCentered) {
         row_sum(total, scratch[0]);
-        mean = origin + total[0] / n;
+        mean = origin + total[0] * inverse_n;
       }
     }
     float squares[1] = {};
@@ -164,7 +210,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) norm_fwd_loop(NormFwd a) {
       }
     }
     row_sum(squares, scratch[1]);
-    const float rstd = norm_rstd(squares[0], n, a.eps);
+    const float rstd = row_rstd(squares[0], inverse_n, a.eps);
     store_statistics<kCentered>(a, row, mean, rstd);
     for (int64_t col = first; col < a.n; col += step) {
       store_output<T, kVec, kCentered>(a, row, col, load_packed<T, kVec>(x + col), mean, rstd);
@@ -183,17 +229,24 @@ template <class T, int kVec, int kPacks, bool kCentered>
 void launch_registers(const NormFwd& a, cudaStream_t stream) {
   const int threads = warps_for(ceil_div(a.n, static_cast<int64_t>(kVec) * kPacks));
   const int rows = threads == kWarp ? kRowsPerBlock : 1;
+  int64_t blocks = (a.rows + rows - 1) / rows;
+  if (candidate(Tuned::kNormFwd) == kStaying) {
+    const int64_t resident = 1024 / (threads * rows) * multiprocessors();
+    blocks = blocks < resident ? blocks : resident;
+  }
   launch(
       norm_fwd_registers<T, kVec, kPacks, kCentered>,
-      dim3(grid_for((a.rows + rows - 1) / rows)),
+      dim3(grid_for(blocks)),
       dim3(threads, rows),
       stream,
-      a);
+      a,
+      1.0f / static_cast<float>(a.n));
 }
 
 template <class T, int kVec, bool kCentered>
 void launch_loop(const NormFwd& a, cudaStream_t stream) {
-  launch(norm_fwd_loop<T, kVec, kCentered>, dim3(grid_for(a.rows)), dim3(kMaxThreads), stream, a);
+  const float inverse_n = 1.0f / static_cast<float>(a.n);
+  launch(norm_fwd_loop<T, kVec, kCentered>, dim3(grid_for(a.rows)), dim3(kMaxThreads), stream, a, inverse_n);
 }
 
 template <class T, bool kCentered>
@@ -206,11 +259,15 @@ void launch_typed(const NormFwd& a, cudaStream_t stream) {
     return a.n <= 8 * kMaxThreads ? launch_registers<T, 1, 8, kCentered>(a, stream)
                                   : launch_loop<T, 1, kCentered>(a, stream);
   }
-  // Elements a thread: as few as let one warp hold the row, else 16, else 32.
+  // Elements a thread: as few as let one warp hold the row, else 64 bytes, else 32. What a thread does once for a row
+  // takes as many instructions as 16 elements.
+  constexpr int kMost = 64 / sizeof(T);
   if (a.n <= 8 * kWarp) {
     return launch_registers<T, kVec, 8 / kVec, kCentered>(a, stream);
-  } else if (a.n <= 16 * kWarp || (a.n > 32 * kWarp && a.n <= 4096)) {
+  } else if (a.n <= 16 * kWarp || (a.n <= 4096 && candidate(Tuned::kNormFwd) == kManyThreads)) {
     return launch_registers<T, kVec, 16 / kVec, kCentered>(a, stream);
+  } else if (a.n <= kMost * kMaxThreads) {
+    return launch_registers<T, kVec, kMost / kVec, kCentered>(a, stream);
   } else if (a.n <= 32 * kMaxThreads) {
     return launch_registers<T, kVec, 32 / kVec, kCentered>(a, stream);
   }

@@ -62,29 +62,41 @@ FASTLLM_HOST_DEVICE float adamw_clip(float norm, float max_norm) {
 }
 
 template <class Ops>
+FASTLLM_HOST_DEVICE void adamw_moments(
+    typename Ops::F& exp_avg, typename Ops::F& exp_avg_sq, typename Ops::F grad, const AdamwScalars& s) {
+  const auto difference = Ops::sub(grad, exp_avg);
+  // As torch.lerp: from the nearer end.
+  exp_avg = s.lerp < 0.5f ? Ops::fma(Ops::splat(s.lerp), difference, exp_avg)
+                          : Ops::fma(Ops::splat(s.lerp - 1.0f), difference, grad);
+  exp_avg_sq = Ops::fma(Ops::mul(Ops::splat(s.square), grad), grad, Ops::mul(exp_avg_sq, Ops::splat(s.beta2)));
+}
+
+// The larger one; a NaN stays, as in torch.maximum.
+template <class Ops>
+FASTLLM_HOST_DEVICE typename Ops::F adamw_largest(typename Ops::F so_far, typename Ops::F square) {
+  return Ops::select(so_far >= square, so_far, Ops::select(so_far != so_far, so_far, square));
+}
+
+template <class Ops>
+FASTLLM_HOST_DEVICE typename Ops::F adamw_param(
+    typename Ops::F param, typename Ops::F exp_avg, typename Ops::F square, const AdamwScalars& s) {
+  const auto denominator = Ops::add(Ops::div(Ops::sqrt(square), Ops::splat(s.correction2)), Ops::splat(s.eps));
+  const auto step = Ops::div(Ops::mul(Ops::splat(s.step_size), exp_avg), denominator);
+  return Ops::add(Ops::mul(param, Ops::splat(s.decay)), step);
+}
+
+template <class Ops>
 struct AdamwElement {
   typename Ops::F param, exp_avg, exp_avg_sq, max_exp_avg_sq;
 };
 
 template <class Ops, bool kAmsgrad>
 FASTLLM_HOST_DEVICE void adamw_update(AdamwElement<Ops>& e, typename Ops::F grad, const AdamwScalars& s) {
-  using F = typename Ops::F;
-  e.param = Ops::mul(e.param, Ops::splat(s.decay));
-  const F difference = Ops::sub(grad, e.exp_avg);
-  // As torch.lerp: from the nearer end.
-  e.exp_avg = s.lerp < 0.5f ? Ops::fma(Ops::splat(s.lerp), difference, e.exp_avg)
-                            : Ops::fma(Ops::splat(s.lerp - 1.0f), difference, grad);
-  e.exp_avg_sq = Ops::fma(Ops::mul(Ops::splat(s.square), grad), grad, Ops::mul(e.exp_avg_sq, Ops::splat(s.beta2)));
-  F square = e.exp_avg_sq;
+  adamw_moments<Ops>(e.exp_avg, e.exp_avg_sq, grad, s);
   if constexpr (kAmsgrad) {
-    // A NaN stays, as in torch.maximum.
-    square = e.max_exp_avg_sq = Ops::select(
-        e.max_exp_avg_sq >= square,
-        e.max_exp_avg_sq,
-        Ops::select(e.max_exp_avg_sq != e.max_exp_avg_sq, e.max_exp_avg_sq, square));
+    e.max_exp_avg_sq = adamw_largest<Ops>(e.max_exp_avg_sq, e.exp_avg_sq);
   }
-  const F denominator = Ops::add(Ops::div(Ops::sqrt(square), Ops::splat(s.correction2)), Ops::splat(s.eps));
-  e.param = Ops::add(e.param, Ops::div(Ops::mul(Ops::splat(s.step_size), e.exp_avg), denominator));
+  e.param = adamw_param<Ops>(e.param, e.exp_avg, kAmsgrad ? e.max_exp_avg_sq : e.exp_avg_sq, s);
 }
 
 // A float kept as a bfloat16 weight, the upper 16 bits rounded to nearest, ties away from zero, and the 16-bit
@@ -170,13 +182,14 @@ FASTLLM_HOST_DEVICE typename Ops::F adamw_decode(typename Ops::U code, float sca
   return Ops::select(code == (kSigned ? 128u : 255u), scale < 0.0f ? special : size, Ops::mul(value, size));
 }
 
-template <class Ops, bool kSigned>
-FASTLLM_HOST_DEVICE typename Ops::U adamw_encode(typename Ops::F x, float scale) {
+// `divide` gives a magnitude's quotient by the scale's. It must be exact from 1e-7 on; below, its size does not matter.
+template <class Ops, bool kSigned, class Divide>
+FASTLLM_HOST_DEVICE typename Ops::U adamw_encode(typename Ops::F x, float scale, Divide divide) {
   const auto negative = x < Ops::splat(0.0f);
   auto magnitude = Ops::select(negative, Ops::sub(Ops::splat(0.0f), x), x);
   const auto finite = magnitude <= Ops::splat(kAdamwLargest);
   magnitude = Ops::select(finite, magnitude, Ops::splat(0.0f));
-  const auto y = scale == 0.0f ? Ops::splat(0.0f) : Ops::div(magnitude, Ops::splat(scale < 0.0f ? -scale : scale));
+  const auto y = divide(magnitude);
   constexpr float kStarts[] = {1e-6f, 1e-5f, 1e-4f, 1e-3f, 1e-2f, 1e-1f};
   constexpr float kDecades[] = {1e5f, 1e4f, 1e3f, 1e2f, 1e1f, 1.0f};
   constexpr float kFirst = kSigned ? 1.0f : 2.0f;
@@ -186,10 +199,9 @@ FASTLLM_HOST_DEVICE typename Ops::U adamw_encode(typename Ops::F x, float scale)
     decade = Ops::select(inside, Ops::splat(kDecades[i]), decade);
     parts = Ops::select(inside, Ops::splat(kFirst * static_cast<float>(2 << i)), parts);
   }
-  const auto along = Ops::mul(Ops::sub(Ops::mul(y, decade), Ops::splat(0.1f)), Ops::splat(1.0f / 0.9f));
-  auto part = Ops::mul(along, parts);
-  part = Ops::select(part > Ops::splat(0.0f), part, Ops::splat(0.0f));
-  auto k = Ops::to_int(Ops::add(part, parts));
+  auto along = Ops::mul(Ops::sub(Ops::mul(y, decade), Ops::splat(0.1f)), Ops::splat(1.0f / 0.9f));
+  along = Ops::select(along > Ops::splat(0.0f), along, Ops::splat(0.0f));
+  auto k = Ops::to_int(Ops::fma(along, parts, parts));  // parts are a power of two: nothing is rounded twice
   constexpr uint32_t kOne = kSigned ? 128u : 256u;
   // Rounding may carry to 1 what lies below it, and cannot be trusted to carry 1 there.
   k = Ops::select(k >= kOne, Ops::whole(kOne - 1u), k);
@@ -202,6 +214,13 @@ FASTLLM_HOST_DEVICE typename Ops::U adamw_encode(typename Ops::F x, float scale)
     const auto code = Ops::select(magnitude > Ops::splat(0.0f), k - 1u, Ops::whole(0u));
     return Ops::select(finite, code, Ops::whole(255u));
   }
+}
+
+template <class Ops, bool kSigned>
+FASTLLM_HOST_DEVICE typename Ops::U adamw_encode(typename Ops::F x, float scale) {
+  return adamw_encode<Ops, kSigned>(x, scale, [scale](typename Ops::F magnitude) {
+    return scale == 0.0f ? Ops::splat(0.0f) : Ops::div(magnitude, Ops::splat(scale < 0.0f ? -scale : scale));
+  });
 }
 
 // What is kept in 8 bits of the first moment of an element whose second is infinite: it has stopped for good, and its

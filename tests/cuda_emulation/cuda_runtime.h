@@ -9,6 +9,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <functional>
 
 #define __global__
@@ -30,10 +31,11 @@ struct Position {
   dim3 thread, block, block_dim, grid_dim;
 };
 extern Position position;  // of the fiber that runs
+extern char* shared;       // what the launch gives each block
 
 void barrier();
-float shuffle_xor(unsigned mask, float value, int lane_mask);
-void run(dim3 grid, dim3 block, const std::function<void()>& kernel);
+uint32_t shuffle_xor(unsigned mask, uint32_t value, int lane_mask);
+void run(dim3 grid, dim3 block, int bytes, const std::function<void()>& kernel);
 void note(const char* launcher, dim3 grid, dim3 block);
 
 }  // namespace emulation
@@ -47,8 +49,30 @@ inline void __syncthreads() {
   emulation::barrier();
 }
 
-inline float __shfl_xor_sync(unsigned mask, float value, int lane_mask) {
-  return emulation::shuffle_xor(mask, value, lane_mask);
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
+  static_assert(sizeof(T) == sizeof(uint32_t));
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof(bits));
+  bits = emulation::shuffle_xor(mask, bits, lane_mask);
+  memcpy(&value, &bits, sizeof(bits));
+  return value;
+}
+
+inline void __syncwarp() {
+  emulation::shuffle_xor(0xffffffffu, 0u, 0);
+}
+
+inline uint32_t __reduce_max_sync(unsigned mask, uint32_t value) {
+  for (int lane_mask = 1; lane_mask < 32; lane_mask *= 2) {
+    const uint32_t other = emulation::shuffle_xor(mask, value, lane_mask);
+    value = other > value ? other : value;
+  }
+  return value;
+}
+
+inline float rsqrtf(float x) {
+  return static_cast<float>(1.0 / std::sqrt(static_cast<double>(x)));
 }
 
 typedef struct CUstream_st* cudaStream_t;
@@ -62,9 +86,13 @@ inline cudaError_t cudaGetLastError() {
 namespace fastllm {
 
 template <class... Params, class... Args>
-void launch(void (*kernel)(Params...), dim3 grid, dim3 block, cudaStream_t, const Args&... args) {
+void launch_shared(void (*kernel)(Params...), dim3 grid, dim3 block, int bytes, cudaStream_t, const Args&... args) {
   emulation::note(__PRETTY_FUNCTION__, grid, block);
-  emulation::run(grid, block, [&] { kernel(static_cast<Params>(args)...); });
+  emulation::run(grid, block, bytes, [&] { kernel(static_cast<Params>(args)...); });
+}
+
+inline void* shared_bytes() {
+  return emulation::shared;
 }
 
 // A small GPU, so that persistent grids have several rows a block.
@@ -72,7 +100,7 @@ inline int multiprocessors() {
   return 3;
 }
 
-template <auto kKernel>
+template <auto kKernel, int kBytes>
 int blocks_per_multiprocessor(int) {
   return 2;
 }

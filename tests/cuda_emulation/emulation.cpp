@@ -2,6 +2,7 @@
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -9,6 +10,7 @@
 namespace emulation {
 
 Position position;
+char* shared = nullptr;
 
 namespace {
 
@@ -24,7 +26,7 @@ struct Fiber {
 
 // A warp's shuffle: two buffers, since a lane may reach the next one while others still read this one.
 struct Warp {
-  float values[2][kWarp];
+  uint32_t values[2][kWarp];
   unsigned arrived = 0, generation = 0;
 };
 
@@ -103,7 +105,7 @@ void barrier() {
   meet(arrived, generation, threads);
 }
 
-float shuffle_xor(unsigned mask, float value, int lane_mask) {
+uint32_t shuffle_xor(unsigned mask, uint32_t value, int lane_mask) {
   if (mask != 0xffffffffu || threads % kWarp != 0) {
     error = "a shuffle must take whole warps";
     yield();
@@ -115,11 +117,14 @@ float shuffle_xor(unsigned mask, float value, int lane_mask) {
   return warp.values[buffer][lane ^ lane_mask];
 }
 
-void run(dim3 grid, dim3 block, const std::function<void()>& body) {
+void run(dim3 grid, dim3 block, int bytes, const std::function<void()>& body) {
   threads = block.x * block.y * block.z;
   if (threads == 0 || threads > 1024 || grid.x == 0 || grid.y == 0 || grid.y > 65535 || block.z != 1 || grid.z != 1) {
     throw std::runtime_error("a launch that CUDA would refuse");
   }
+  // Filled anew for each block: a kernel must not read what another block, or none, wrote.
+  std::vector<char> given(bytes + 16);
+  shared = given.data() + (16 - reinterpret_cast<uintptr_t>(given.data()) % 16);
   fibers.resize(1024);
   kernel = &body;
   error.clear();
@@ -128,6 +133,7 @@ void run(dim3 grid, dim3 block, const std::function<void()>& body) {
       for (unsigned i = 0; i < threads; ++i) {
         fibers[i].position = {dim3(i % block.x, i / block.x, 0), dim3(x, y, 0), block, grid};
       }
+      std::fill(given.begin(), given.end(), '\xff');
       run_block();
       if (!error.empty()) {
         throw std::runtime_error(error);

@@ -19,6 +19,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from fastllm.ops._attention import FLOAT32_WIDE
 from fastllm.precompile import Launch, aligned, recorded
 
 TARGETS = {
@@ -183,9 +184,12 @@ def jobs(target: str, everything: bool) -> Iterator[tuple[str, str, int, Launch]
             return variant == "causal" or (size == 128 and variant in ("varlen", "mask", "dropout", "decode"))
         return size == 128 and variant in ("causal", "decode")
 
+    def refused(variant: str, size: int) -> bool:
+        return "float32" in variant and size > 256 and SHARED_LIMIT[target] < FLOAT32_WIDE
+
     for variant, arguments in VARIANTS.items():
         for size in SIZES:
-            if everything or wanted(variant, size):
+            if (everything or wanted(variant, size)) and not refused(variant, size):
                 for launch in record(target, lambda size=size, arguments=arguments: training(size, **arguments)):
                     if (variant in ("causal", "sinks") or "delta" not in launch.kernel.__name__) and new(launch):
                         yield target, variant, size, launch
@@ -195,7 +199,7 @@ def jobs(target: str, everything: bool) -> Iterator[tuple[str, str, int, Launch]
             ("decode many", 64, torch.bfloat16),
             ("decode float32", 4, torch.float32),
         ):
-            if everything or wanted(variant, size):
+            if (everything or wanted(variant, size)) and not refused(variant, size):
                 for launch in record(target, lambda size=size, group=group, dtype=dtype: decoding(size, group, dtype)):
                     if ("combine" not in launch.kernel.__name__ or (variant, size) == ("decode", 128)) and new(launch):
                         yield target, variant, size, launch

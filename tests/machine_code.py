@@ -99,8 +99,8 @@ class Kernel:
         return sorted(found, key=lambda loop: len(loop.body))
 
     def main_loop(self) -> Loop:
-        """The loop that is densest in matrix products; without any, the longest that holds no other."""
-        loops = self.loops()
+        """The loop densest in matrix products; without any, the longest that holds no other; without a loop, all."""
+        loops = self.loops() or [Loop(tuple(self.code))]
         if self.has("HGMMA"):
             return max(loops, key=lambda loop: loop.matrix_clocks / len(loop.body))
         starts = [(loop.body[0].address, loop.body[-1].address) for loop in loops]
@@ -131,7 +131,8 @@ def read(path: str | Path, arch: str = "sm_90") -> dict[str, Kernel]:
         elif current is not None and (
             match := re.match(r"\s*/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)\s*(.*?)\s*;", line)
         ):
-            current.code.append(Instruction(int(match[1], 16), match[2], match[3]))
+            operands = re.split(r"\s{2,}", match[3])[0]  # without the notes on scheduling of newer chips
+            current.code.append(Instruction(int(match[1], 16), match[2], operands))
     return dict(zip(_demangled(list(kernels)), kernels.values(), strict=True))
 
 

@@ -26,11 +26,13 @@ pytestmark = pytest.mark.slow
 #   registers, beside the accumulators;
 # - gfx942 keeps dot operands in registers that NVIDIA's chips leave in shared memory;
 # - head sizes that are no power of two (odd) need a mask at each load: not yet avoided above 64;
-# - the rest (8 to 24 bytes, and sm_100's dropout in Triton 3.9, its delta in 3.6) are features that a smaller tile
-#   would slow down more; they lie outside the inner loop or are few beside its loads.
+# - the rest (8 to 24 bytes, and sm_100's dropout in Triton 3.9) are features that a smaller tile would slow down more;
+#   they lie outside the inner loop or are few beside its loads.
 SPILLS = {
     "gfx942 attention_decode decode many 128": 19,
     "gfx942 attention_decode decode many 64": 26,
+    "gfx942 attention_dkdv causal 512 dk": 30,
+    "gfx942 attention_dkdv causal 64": 20,
     "gfx942 attention_dkdv dropout 128": 43,
     "gfx942 attention_dkdv dropout 64": 23,
     "gfx942 attention_dkdv float32 128": 136,
@@ -43,14 +45,16 @@ SPILLS = {
     "gfx942 attention_dkdv varlen 64": 65,
     "gfx942 attention_dkdv window 128": 32,
     "gfx942 attention_dkdv window 64": 51,
-    "gfx942 attention_dq causal 256": 80,
+    "gfx942 attention_dq causal 256": 83,
+    "gfx942 attention_dq causal 512": 33,
     "gfx942 attention_dq dropout 256": 17,
     "gfx942 attention_dq float32 256": 76,
     "gfx942 attention_dq odd 256": 124,
     "gfx942 attention_dq sinks 256": 80,
     "gfx942 attention_dq varlen 256": 96,
     "gfx942 attention_dq window 256": 97,
-    "gfx942 attention_fwd causal 64": 15,
+    "gfx942 attention_fwd causal 512": 9,
+    "gfx942 attention_fwd causal 64": 14,
     "gfx942 attention_fwd float32 256": 1,
     "gfx942 attention_fwd odd 256": 47,
     "gfx942 attention_fwd sinks 64": 16,
@@ -61,9 +65,8 @@ SPILLS = {
     "gfx942 attention_fwd window 256": 5,
     "gfx942 attention_fwd window 64": 21,
     "sm_100 attention_decode decode float32 128": 328,
-    "sm_100 attention_delta causal 256": 160,
+    "sm_100 attention_delta causal 128": 8,
     "sm_100 attention_delta sinks 256": 144,
-    "sm_100 attention_dkdv causal 256 dk": 8,
     "sm_100 attention_dkdv float32 256 dk": 240,
     "sm_100 attention_dkdv float32 64": 288,
     "sm_100 attention_dkdv mask 256 dk": 8,
@@ -80,7 +83,10 @@ SPILLS = {
     "sm_100 attention_fwd dropout 128": 176,
     "sm_100 attention_fwd dropout 256": 160,
     "sm_100 attention_fwd odd 256": 688,
+    "sm_120 attention_decode decode 512": 8,
     "sm_120 attention_decode decode float32 128": 312,
+    "sm_120 attention_decode decode many 512": 8,
+    "sm_120 attention_dkdv causal 256 dk": 8,
     "sm_120 attention_dkdv float32 256 dk": 248,
     "sm_120 attention_dkdv float32 64": 344,
     "sm_120 attention_dkdv softcap 256 dk": 16,
@@ -94,7 +100,7 @@ SPILLS = {
     "sm_120 attention_fwd odd 256": 200,
     "sm_80 attention_decode decode many 64": 8,
     "sm_80 attention_dkdv alibi 256 dk": 16,
-    "sm_80 attention_dkdv causal 256 dk": 8,
+    "sm_80 attention_dkdv causal 256 dk": 16,
     "sm_80 attention_dkdv float32 128": 16,
     "sm_80 attention_dkdv float32 256 dk": 216,
     "sm_80 attention_dkdv float32 64": 368,
@@ -114,13 +120,21 @@ SPILLS = {
     "sm_80 attention_fwd odd 256": 480,
     "sm_90 attention_decode decode float32 128": 344,
     "sm_90 attention_dkdv float32 256 dk": 240,
-    "sm_90 attention_dkdv float32 64": 336,
+    "sm_90 attention_dkdv float32 512 dk": 1936,
+    "sm_90 attention_dkdv float32 64": 360,
+    "sm_90 attention_dkdv mask 512 dk": 8,
     "sm_90 attention_dkdv odd 128": 264,
     "sm_90 attention_dkdv odd 256 dk": 872,
-    "sm_90 attention_dkdv odd 256 dv": 248,
+    "sm_90 attention_dkdv odd 256 dv": 352,
+    "sm_90 attention_dkdv varlen 512 dk": 8,
+    "sm_90 attention_dkdv_hopper varlen 128": 24,
+    "sm_90 attention_dkdv_hopper window 128": 16,
+    "sm_90 attention_dq dropout 512": 8,
     "sm_90 attention_dq float32 128": 256,
     "sm_90 attention_dq float32 256": 272,
+    "sm_90 attention_dq float32 512": 1912,
     "sm_90 attention_dq float32 64": 360,
+    "sm_90 attention_dq mask 512": 8,
     "sm_90 attention_dq odd 128": 120,
     "sm_90 attention_dq odd 256": 2208,
     "sm_90 attention_fwd odd 128": 152,
@@ -180,8 +194,13 @@ def test_matrix_instructions(rows):
     for row in rows:
         if row["kernel"] in ("attention_fwd", "attention_dkdv", "attention_dq") and row["variant"] != "float32":
             assert row["matrix"], row
-            if row["target"] == "sm_90":
+            if row["target"] == "sm_90" and row["size"] <= 256:
                 assert "HGMMA" in row["matrix"], row
+        if row["kernel"].endswith("hopper"):
+            assert row["matrix"] == "HGMMA", row
+            assert row["copies"], row
+            assert row["regrouped"], row
+            assert row["loop_spills"] == 0, row
 
 
 if __name__ == "__main__":

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import bindings
 import pytest
 import torch
 from adamw_suite import assert_same, beside_the_reference
 
 from fastllm import _ext, ops
+from fastllm.benchmarks import _jobs
 from fastllm.testing import check_op, make
 
 pytestmark = bindings.needs_compiler
@@ -46,3 +49,17 @@ def test_norms(choose, kernel, which):
             with bindings.bound("cuda-emulated") as device:
                 x, weight, bias = (make(size, dtype, device) for size in (shape, shape[1:], shape[1:]))
                 check_op(ops.layer_norm, torch.nn.functional.layer_norm, (x, shape[1:], weight, bias))
+
+
+def test_they_are_timed_in_turn(monkeypatch, tmp_path):
+    testing = pytest.importorskip("triton.testing")
+    told = []
+    monkeypatch.setattr(_ext, "_cuda_candidate", lambda kernel, which: (told.append(which), 3)[1])
+    monkeypatch.setattr(_jobs, "_cuda_call", lambda job: lambda: None)
+    monkeypatch.setattr(testing, "do_bench", lambda run, **_: 1.0 + told[-1])
+    monkeypatch.setenv(_jobs.RESULTS, str(tmp_path / "results.jsonl"))
+    job = {"kernel": "norm_fwd", "dtype": "bfloat16", "shape": [8192, 4096], "device": "cuda"}
+    assert _jobs.time_candidates(job) == {"milliseconds": {0: 1.0, 1: 2.0, 2: 3.0}}
+    assert told == [0, *(0, 1, 2) * 5, 0], "the default again at the end"
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [(line["candidate"], line["milliseconds"]) for line in lines] == [(0, 1.0), (1, 2.0), (2, 3.0)]

@@ -50,6 +50,17 @@ static_assert(sizeof(Launch) <= kAdamwArgumentBytes);
 
 constexpr uint32_t kInfinity = 0x7f800000u;  // its bits
 
+// Of a thread's magnitudes below `limit`, as integers, the largest.
+__device__ __forceinline__ uint32_t largest_below(const float (&x)[kVec], int64_t rest, uint32_t limit) {
+  uint32_t largest = 0;
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) {
+    const uint32_t bits = bits_as<uint32_t>(x[i]) & 0x7fffffffu;
+    largest = place(i) < rest && bits < limit && bits > largest ? bits : largest;
+  }
+  return largest;
+}
+
 // A moment of T, or of Code, whose block of 256 elements is the warp's and has one scale.
 template <class T, bool kSigned>
 struct Moment {
@@ -86,25 +97,24 @@ struct Moment {
   // All lanes of a warp must call this. `rest`: of its elements, what is past it does not count for the scale.
   __device__ __forceinline__ void set(float (&x)[kVec], int64_t rest) {
     if constexpr (sizeof(T) == 1) {
-      uint32_t bits = 0, finite = 0;  // the largest magnitudes, as integers: infinities and NaN are larger than others
+      // The largest magnitude's bits: as integers, infinities and NaN are larger than numbers.
+      const uint32_t largest = warp_max(largest_below(x, rest, 0xffffffffu));
+      if (largest < kInfinity) {
+        scale = adamw_block_scale(bits_as<float>(largest), true);
+        // In this range, quotients from 1e-7 on are exact (exact.cuh). A block of zeros has none but 0 or NaN.
+        const float factor = scale < 0x1p-70f ? 0x1p100f : scale > 0x1p100f ? 0x1p-100f : 1.0f;
+        const Divisor by_scale(scale * factor);
 #pragma unroll
-      for (int i = 0; i < kVec; ++i) {
-        const uint32_t magnitude = place(i) < rest ? bits_as<uint32_t>(x[i]) & 0x7fffffffu : 0u;
-        bits = magnitude > bits ? magnitude : bits;
-        finite = magnitude > finite && magnitude < kInfinity ? magnitude : finite;
-      }
-      bits = warp_max(bits);
-      const bool all_finite = bits < kInfinity;
-      scale = adamw_block_scale(bits_as<float>(all_finite ? bits : warp_max(finite)), all_finite);
-      // Where quotients from 1e-7 on are exact (exact.cuh); without a block's zeros, whose quotient is 0 by whatever.
-      const float size = scale == 0.0f ? 1.0f : fabsf(scale);
-      const float factor = size < 0x1p-70f ? 0x1p100f : size > 0x1p100f ? 0x1p-100f : 1.0f;
-      const Divisor by_size(size * factor);
+        for (int i = 0; i < kVec; ++i) {
+          const auto divide = [&](float magnitude) { return by_scale.divide(magnitude * factor); };
+          raw.set(i, adamw_encode<Ops, kSigned, true>(x[i], scale, divide));
+        }
+      } else {
+        scale = adamw_block_scale(bits_as<float>(warp_max(largest_below(x, rest, kInfinity))), false);
 #pragma unroll
-      for (int i = 0; i < kVec; ++i) {
-        raw.set(i, adamw_encode<Ops, kSigned>(x[i], scale, [&](float magnitude) {
-                  return by_size.divide(magnitude * factor);
-                }));
+        for (int i = 0; i < kVec; ++i) {
+          raw.set(i, adamw_encode<Ops, kSigned>(x[i], scale));
+        }
       }
     } else {
       raw.set(x);
@@ -260,14 +270,14 @@ __global__ void __launch_bounds__(kThreads, 3) adamw_step_kernel(const __grid_co
     }
     update_params(param, exp_avg, square, s);
 
-    if constexpr (kCodes) {
+    exp_avg_sq_raw.set(exp_avg_sq, rest);
+    if (kCodes && exp_avg_sq_raw.scale < 0.0f) {  // some are not finite
 #pragma unroll
       for (int i = 0; i < kVec; ++i) {
         exp_avg[i] = adamw_first_moment<Ops>(exp_avg[i], exp_avg_sq[i]);
       }
     }
     exp_avg_raw.set(exp_avg, rest);
-    exp_avg_sq_raw.set(exp_avg_sq, rest);
     if (kIsBFloat16 && has_master) {
 #pragma unroll
       for (int i = 0; i < kVec; ++i) {

@@ -183,12 +183,15 @@ FASTLLM_HOST_DEVICE typename Ops::F adamw_decode(typename Ops::U code, float sca
 }
 
 // `divide` gives a magnitude's quotient by the scale's. It must be exact from 1e-7 on; below, its size does not matter.
-template <class Ops, bool kSigned, class Divide>
+// kFinite: all of the block are, and the scale says so.
+template <class Ops, bool kSigned, bool kFinite, class Divide>
 FASTLLM_HOST_DEVICE typename Ops::U adamw_encode(typename Ops::F x, float scale, Divide divide) {
   const auto negative = x < Ops::splat(0.0f);
-  auto magnitude = Ops::select(negative, Ops::sub(Ops::splat(0.0f), x), x);
+  auto magnitude = Ops::value(Ops::bits(x) & 0x7fffffffu);
   const auto finite = magnitude <= Ops::splat(kAdamwLargest);
-  magnitude = Ops::select(finite, magnitude, Ops::splat(0.0f));
+  if constexpr (!kFinite) {
+    magnitude = Ops::select(finite, magnitude, Ops::splat(0.0f));
+  }
   const auto y = divide(magnitude);
   constexpr float kStarts[] = {1e-6f, 1e-5f, 1e-4f, 1e-3f, 1e-2f, 1e-1f};
   constexpr float kDecades[] = {1e5f, 1e4f, 1e3f, 1e2f, 1e1f, 1.0f};
@@ -205,20 +208,20 @@ FASTLLM_HOST_DEVICE typename Ops::U adamw_encode(typename Ops::F x, float scale,
   constexpr uint32_t kOne = kSigned ? 128u : 256u;
   // Rounding may carry to 1 what lies below it, and cannot be trusted to carry 1 there.
   k = Ops::select(k >= kOne, Ops::whole(kOne - 1u), k);
-  k = Ops::select(y >= Ops::splat(1.0f), Ops::whole(scale < 0.0f ? kOne - 1u : kOne), k);
+  k = Ops::select(y >= Ops::splat(1.0f), Ops::whole(!kFinite && scale < 0.0f ? kOne - 1u : kOne), k);
   if constexpr (kSigned) {
     auto code = Ops::select(negative, Ops::select(k == kOne, Ops::whole(255u), k + 128u), k);
     code = Ops::select(y >= Ops::splat(1e-7f), code, Ops::whole(0u));
-    return Ops::select(finite, code, Ops::whole(128u));
+    return kFinite ? code : Ops::select(finite, code, Ops::whole(128u));
   } else {
     const auto code = Ops::select(magnitude > Ops::splat(0.0f), k - 1u, Ops::whole(0u));
-    return Ops::select(finite, code, Ops::whole(255u));
+    return kFinite ? code : Ops::select(finite, code, Ops::whole(255u));
   }
 }
 
 template <class Ops, bool kSigned>
 FASTLLM_HOST_DEVICE typename Ops::U adamw_encode(typename Ops::F x, float scale) {
-  return adamw_encode<Ops, kSigned>(x, scale, [scale](typename Ops::F magnitude) {
+  return adamw_encode<Ops, kSigned, false>(x, scale, [scale](typename Ops::F magnitude) {
     return scale == 0.0f ? Ops::splat(0.0f) : Ops::div(magnitude, Ops::splat(scale < 0.0f ? -scale : scale));
   });
 }

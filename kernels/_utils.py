@@ -103,7 +103,7 @@ def _load_tuned() -> dict[str, Config]:
     return _tuned
 
 
-def choose(key: tuple, default: Config, candidates: Iterable[Config], run: Callable[[Config], None]) -> Config:
+def choose(key: tuple, default: Config, candidates: Iterable[Config], run: Callable[[Config], Any]) -> Config:
     """The configuration for `key`: the table's, unless FASTLLM_AUTOTUNE=1.
 
     With it, every candidate is timed the first time that a key is met and the fastest is kept, in memory and in
@@ -122,7 +122,7 @@ def choose(key: tuple, default: Config, candidates: Iterable[Config], run: Calla
     return tuned[name]
 
 
-def _milliseconds(run: Callable[[Config], None], config: Config) -> float:
+def _milliseconds(run: Callable[[Config], Any], config: Config) -> float:
     try:
         if interpreted():  # no clock worth reading: it must only be able to run
             run(config)

@@ -26,7 +26,7 @@ def _slopes(slopes: Tensor | None) -> Tensor | None:
 
 def describe(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, seed: Tensor | None, scores: Scores) -> str:
     """Which of the kernels runs, where a chip has two; else nothing."""
-    return attention.describe(*map(_dense, (q, k, v)), None, _slopes(slopes), seed, scores)
+    return attention.describe(_dense(q), _dense(k), _dense(v), None, _slopes(slopes), seed, scores)
 
 
 def attention_varlen_fwd(

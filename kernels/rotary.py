@@ -157,8 +157,10 @@ def rotary(
         """What is computed may be in its input's memory, which must stay what it is while candidates are timed."""
         start(config, *(x.new_empty_strided(x.shape, x.stride()) for x in targets))
 
-    key = ("rotary", *_utils.chip(q.device), str(q.dtype), heads, kv_heads, half, size, interleaved, copy)
-    key += (q.stride(1) < q.stride(2),)
+    key = (
+        "rotary", *_utils.chip(q.device), str(q.dtype), heads, kv_heads, half, size, interleaved, copy,
+        q.stride(1) < q.stride(2),
+    )  # fmt: skip
     start(_utils.choose(key, config(), CANDIDATES, start_apart), *targets)
     for target, out in zip(targets, (q_out, k_out), strict=True):
         if target is not out:

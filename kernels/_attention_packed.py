@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
-from typing import Any, NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -22,7 +19,7 @@ def _lengths(cu, i, sequences):
     return (tl.load(cu + i + 1, mask=there, other=0) - start).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequences", "total_q", "total_k", "size"])  # each step has others
 def _packed_tiles_kernel(
     cu_q, cu_k, tiles, sequences, total_q, total_k, size, OF_KEYS: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -63,7 +60,7 @@ def _packed_tiles_kernel(
     for start in range(0, mine, BLOCK_S):
         t = start + s
         row = tiles + 6 * (first + t)
-        inside = t < mine
+        inside = (t < mine) & (first + t < size)
         tl.store(row, i, mask=inside)
         tl.store(row + 1, mine - 1 - t, mask=inside)
         tl.store(row + 2, q_start, mask=inside)
@@ -73,17 +70,6 @@ def _packed_tiles_kernel(
     if i == sequences:
         for start in range(6 * (first + mine), 6 * size, BLOCK_S):
             tl.store(tiles + start + s, 0, mask=start + s < 6 * size)
-
-
-class _Table(NamedTuple):
-    cu_q: weakref.ref
-    cu_k: weakref.ref
-    key: tuple
-    tiles: Tensor
-
-
-_tables: list[_Table] = []  # the last ones
-KEPT = 4  # for a step's forward, dK/dV and dQ, and one more
 
 
 def packed_tiles(
@@ -98,30 +84,8 @@ def packed_tiles(
     and keys begin, and how many they are; the longest work first.
 
     What lies behind the last sequence belongs to one more, which has nothing to attend to: its rows come out as zeros.
-    Rows of the table that are left over have a sequence without rows. The layers of a step share their tables: one is
-    made anew where the tensors are others or were written to, and always while a CUDA graph is captured.
+    Rows of the table that are left over have a sequence without rows.
     """
-    global _tables
-    args = total_q, total_k, block, of_keys
-    if _volatile(cu_q) or _volatile(cu_k):
-        return _make(cu_q, cu_k, *args)
-    stream = torch.cuda.current_stream(cu_q.device).cuda_stream if cu_q.is_cuda else 0
-    key: tuple[Any, ...] = (*args, cu_q._version, cu_k._version, stream)
-    tables = _tables
-    for table in tables:
-        if table.key == key and table.cu_q() is cu_q and table.cu_k() is cu_k:
-            return table.tiles
-    made = _Table(weakref.ref(cu_q), weakref.ref(cu_k), key, _make(cu_q, cu_k, *args))
-    _tables = [made, *(table for table in tables if table.cu_q() is not None)][:KEPT]
-    return made.tiles
-
-
-def _volatile(cu: Tensor) -> bool:
-    """Whether it may change without being written to by this process, or is not there at all."""
-    return cu.is_meta or cu.is_inference() or (cu.is_cuda and torch.cuda.is_current_stream_capturing())
-
-
-def _make(cu_q: Tensor, cu_k: Tensor, total_q: int, total_k: int, block: int, of_keys: bool) -> Tensor:
     sequences = cu_q.shape[0] - 1
     size = (total_k if of_keys else total_q) // block + sequences + 1
     tiles = cu_q.new_empty((size, 6), dtype=torch.int32)

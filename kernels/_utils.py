@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import json
 import os
@@ -77,13 +78,21 @@ def rows(x: Tensor) -> Tensor:
 def launch(kernel, grid: tuple[int, ...], config: Config, *, fusion: Any = True, **args) -> None:
     """Starts `kernel` on the tensors' device, on its current stream. Floating-point fusion is said by name: Triton's
     default changes. Without it a product that is subtracted from its own rounding leaves zero."""
-    triton.set_allocator(_scratch)  # of tensor descriptors that kernels make; each thread has an allocator of its own
-    with torch.cuda.device_of(next(arg for arg in args.values() if isinstance(arg, Tensor))):
+
+    def start() -> None:
         kernel[grid](**args, **config.blocks, num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=fusion)
 
+    with torch.cuda.device_of(next(arg for arg in args.values() if isinstance(arg, Tensor))):
+        if config.specialised:
+            contextvars.copy_context().run(_with_descriptors, start)
+        else:
+            start()
 
-def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
-    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+def _with_descriptors(start: Callable[[], None]) -> None:
+    """Launches a kernel that makes tensor descriptors. Triton's allocator is the context's: the user's stays his."""
+    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
+    start()
 
 
 # Tuning, on demand
@@ -103,13 +112,17 @@ def _load_tuned() -> dict[str, Config]:
     return _tuned
 
 
+def tuning() -> bool:
+    return os.environ.get("FASTLLM_AUTOTUNE") == "1"
+
+
 def choose(key: tuple, default: Config, candidates: Iterable[Config], run: Callable[[Config], Any]) -> Config:
     """The configuration for `key`: the table's, unless FASTLLM_AUTOTUNE=1.
 
     With it, every candidate is timed the first time that a key is met and the fastest is kept, in memory and in
     FASTLLM_CACHE (default ~/.cache/fastllm). `key` must hold all that the choice may depend on.
     """
-    if os.environ.get("FASTLLM_AUTOTUNE") != "1":
+    if not tuning():
         return default
     tuned, name = _load_tuned(), json.dumps([*key, triton.__version__])
     if name not in tuned:
@@ -128,5 +141,9 @@ def _milliseconds(run: Callable[[Config], Any], config: Config) -> float:
             run(config)
             return 0.0
         return triton.testing.do_bench(lambda: run(config), warmup=10, rep=50)
-    except triton.runtime.errors.OutOfResources:
+    except (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError):
         return float("inf")
+    except RuntimeError as error:
+        if "PassManager" in str(error):  # a candidate that this Triton cannot compile is none
+            return float("inf")
+        raise

@@ -23,11 +23,13 @@ block of each program, and sequence b is rows cu[b] to cu[b + 1].
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fastllm.kernels import _utils
 from fastllm.kernels._attention_bwd import _attention_delta_kernel, _attention_dkdv_kernel, _attention_dq_kernel
@@ -58,11 +60,19 @@ class Scores(NamedTuple):
     bottom_right: bool
 
 
-class Packed(NamedTuple):
-    """Where the sequences of packed tensors lie; None for dense ones."""
+@dataclass
+class Packed:
+    """Where the sequences of packed tensors lie, for one call of a launcher; None for dense ones."""
 
     cu_q: Tensor  # (N + 1,)
     cu_k: Tensor  # (N + 1,)
+    made: dict[tuple, Tensor] = field(default_factory=dict)
+
+    def tiles(self, *args: Any) -> Tensor:
+        """The table of `packed_tiles`, made once for each of its arguments."""
+        if args not in self.made:
+            self.made[args] = packed_tiles(self.cu_q, self.cu_k, *args)
+        return self.made[args]
 
 
 def _block(size: int) -> int:
@@ -135,7 +145,7 @@ def _start(kind: str, config: Config, args: dict[str, Any], packed: Packed | Non
     blocks, tiles = triton.cdiv(rows, size), None
     programs = blocks * batch * heads
     if packed:
-        tiles = packed_tiles(*packed, args["q"].shape[2], args["k"].shape[2], size, of_keys)
+        tiles = packed.tiles(args["q"].shape[2], args["k"].shape[2], size, of_keys)
         programs = tiles.shape[0] * heads
         # The table says where a sequence begins.
         args = args | {name: 0 for name in args if name.startswith("stride_") and re.search("[^_]b$", name)}
@@ -155,7 +165,8 @@ def _run(kind: str, args: dict[str, Any], packed: Packed | None) -> None:
     candidates = CANDIDATES[kind]
     specialised = unsuited(chip, args) is None
     if specialised:
-        default, candidates = SPECIALISED[kind][0], [*SPECIALISED[kind], default, *candidates]
+        candidates = [*SPECIALISED[kind][1:], default, *candidates]
+        default = SPECIALISED[kind][0]
     rows, other = (args[name].shape[2] for name in ("kq" if kind == "dkdv" else "qk"))
     variant = [args.get(name) for name in VARIANT]
     key = (kind, *chip, str(dtype), *variant, packed is not None, specialised, rows.bit_length(), other.bit_length())
@@ -192,7 +203,9 @@ def unsuited(chip: tuple, args: dict[str, Any]) -> str | None:
 
 def _undescribed(name: str, x: Tensor) -> str | None:
     """Why no tensor descriptor can be made of x's matrices, or None."""
-    if x.stride(3) != 1 or x.data_ptr() % 16:
+    # A FakeTensor has no address.
+    address = x.storage_offset() * x.element_size() if isinstance(x, FakeTensor) else x.data_ptr()
+    if x.stride(3) != 1 or address % 16:
         return f"{name} must be dense in the head size and begin at a multiple of 16 bytes"
     steps = [x.stride(dim) for dim in (0, 1, 2) if dim or x.shape[0] > 1]
     if any(step % 8 for step in steps) or x.stride(2) == 0 or (name in ("q", "do") and x.stride(1) == 0):
@@ -208,7 +221,9 @@ def describe(
     if chip != HOPPER:
         return ""
     reason = unsuited(chip, _common(q, k, v, mask, slopes, seed, scores))
-    return f"not warp-specialised: {reason}" if reason else "warp-specialised"
+    if reason:
+        return f"not warp-specialised: {reason}"
+    return "warp-specialised, or what tuning prefers" if _utils.tuning() else "warp-specialised"
 
 
 def attention_fwd(
@@ -267,6 +282,7 @@ def attention_bwd(
     if dsinks is not None and sinks is not None:
         # A query that sees nothing, not even a sink, has normal inf and no part in this.
         shares = torch.exp2(sinks.float()[:, None] * LOG2E - normals) * deltas
+        shares = torch.where(deltas == 0, 0.0, shares)  # past a sequence's end, where normal is 0
         torch.sum(shares, (0, 2), out=dsinks) if dsinks.dtype == torch.float32 else dsinks.copy_(shares.sum((0, 2)))
         dsinks.neg_()
     args = {"dk": dk, "dv": dv, **_strides("dk", dk, "bhs"), **_strides("dv", dv, "bhs")}

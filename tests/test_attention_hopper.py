@@ -43,14 +43,19 @@ def test_machine_code(kind, size):
 
 
 @pytest.mark.skipif(machine_code.find_tool() is None, reason="no cuobjdump")
-@pytest.mark.parametrize("kind", ["dkdv", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("fwd", "dq"))])
 @pytest.mark.parametrize(
-    "sizes",
+    ("kind", "sizes"),
     [
-        {"rows": 1},
-        pytest.param({"keys": 1}, marks=pytest.mark.slow),
-        pytest.param({"kv_heads": 16}, marks=pytest.mark.slow),
-        pytest.param({"kv_heads": 16, "varlen": True, "left": 256}, marks=pytest.mark.slow),
+        ("dkdv", {"rows": 1}),
+        *(
+            pytest.param(kind, sizes, marks=pytest.mark.slow)
+            for kind, sizes in (
+                ("dkdv", {"keys": 1}),
+                ("dkdv", {"kv_heads": 16, "varlen": True, "left": 256}),
+                ("fwd", {"rows": 1}),
+                ("dq", {"keys": 1, "kv_heads": 16}),
+            )
+        ),
     ],
     ids=str,
 )

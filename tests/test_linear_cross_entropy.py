@@ -273,8 +273,9 @@ def test_a_product_that_cannot_add_is_told_and_done_without(monkeypatch):
 def test_chunks_on_a_gpu(shape, chunk):
     """One for as many rows as their logits take no more memory than the gradient's sum; then as many as fill a GPU."""
     _, hidden, classes, itemsize = shape
-    found = module.default_chunk_size(*shape, "cuda")
+    found = module.default_chunk_size(*shape, "cuda", True)
     assert found == chunk
+    assert module.default_chunk_size(*shape, "cuda", False) * classes * itemsize <= 2**30 + 127 * classes * itemsize
     assert found * classes * itemsize <= max(4 * hidden * classes, 2**30) + 127 * classes * itemsize
 
 

@@ -175,7 +175,11 @@ __device__ __forceinline__ void load_param(
 // this thread's but those of the last k groups.
 template <class P>
 __device__ __forceinline__ void copy_async(P* shared, const P* global) {
-#ifndef FASTLLM_CUDA_EMULATION
+#ifdef FASTLLM_CUDA_EMULATION
+  if constexpr (sizeof(P) == 16 || sizeof(P) == 4) {
+    return emulation::copy_later(shared, global, sizeof(P));
+  }
+#else
   if constexpr (sizeof(P) == 16) {
     asm volatile(
         "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
@@ -194,14 +198,18 @@ __device__ __forceinline__ void copy_async(P* shared, const P* global) {
 }
 
 __device__ __forceinline__ void end_group_of_copies() {
-#ifndef FASTLLM_CUDA_EMULATION
+#ifdef FASTLLM_CUDA_EMULATION
+  emulation::end_group_of_copies();
+#else
   asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
 }
 
 template <int kGroups>
 __device__ __forceinline__ void wait_for_copies() {
-#ifndef FASTLLM_CUDA_EMULATION
+#ifdef FASTLLM_CUDA_EMULATION
+  emulation::wait_for_copies(kGroups);
+#else
   asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
 #endif
 }

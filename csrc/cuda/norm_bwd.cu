@@ -256,7 +256,9 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     for (int i = 0; i < kSums<kCentered>; ++i) {
       sums[i] *= inverse_n;
     }
-    wait_for_copies<1>();  // of dsum
+    if (a.dsum != nullptr) {
+      wait_for_copies<1>();
+    }
 #pragma unroll
     for (int p = 0; p < kPacks; ++p) {
       if (col + p * step < end) {

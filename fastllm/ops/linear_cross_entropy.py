@@ -51,21 +51,21 @@ TILE = (128, 256)  # of a product on Hopper
 MULTIPROCESSORS = 132
 
 
-def default_chunk_size(rows: int, hidden: int, classes: int, itemsize: int, device: str) -> int:
+def default_chunk_size(rows: int, hidden: int, classes: int, itemsize: int, device: str, summed: bool) -> int:
     """Rows whose logits are held at a time.
 
     On a CPU: as many as make them half the size of the classifier's weight. Fewer would cost a read and a write of the
     weight's gradient more often.
 
-    On a GPU: the fewest chunks whose logits take no more memory than the sum of the weight's gradients in float32,
-    which a single chunk does without, or a gibibyte. Of that many chunks or up to twice as many, those are taken that
-    keep the multiprocessors busy best: the gradient of the input has the fewest tiles of the three products, and they
-    are computed in waves of one tile for each multiprocessor."""
+    On a GPU: the fewest chunks whose logits take no more memory than a gibibyte, or, where the weight's gradient is
+    `summed` over them, than that sum in float32, which a single chunk does without. Of that many chunks or up to twice
+    as many, those are taken that keep the multiprocessors busy best: the gradient of the input has the fewest tiles of
+    the three products, and they are computed in waves of one tile for each multiprocessor."""
     row = max(classes, 1) * itemsize
     if device == "cpu":
         return max(1024 // itemsize, -(-hidden // 128) * 64, SMALL // row)
     rows = max(rows, 1)
-    fewest = -(-rows // max(4 * hidden // itemsize, AMPLE // row, TILE[0]))
+    fewest = -(-rows // max(4 * hidden // itemsize if summed else 0, AMPLE // row, TILE[0]))
 
     def waves(chunks: int) -> int:
         tiles = -(-rows // (chunks * TILE[0])) * -(-hidden // TILE[1])
@@ -75,11 +75,14 @@ def default_chunk_size(rows: int, hidden: int, classes: int, itemsize: int, devi
     return -(-rows // (chunks * TILE[0])) * TILE[0]
 
 
-def _chunks(input: Tensor, weight: Tensor, bias: Tensor | None, size: int) -> Iterator[tuple[slice, Tensor]]:
-    """Each chunk of rows with its logits, all in one buffer, which may be overwritten. `size` 0 is the default."""
+def _chunks(
+    input: Tensor, weight: Tensor, bias: Tensor | None, size: int, summed: bool = False
+) -> Iterator[tuple[slice, Tensor]]:
+    """Each chunk of rows with its logits, all in one buffer, which may be overwritten. `size` 0 is the default, which
+    knows whether the weight's gradient is summed."""
     count, classes = input.shape[0], weight.shape[0]
     device = input.device.type
-    size = size or default_chunk_size(count, input.shape[1], classes, input.itemsize, device)
+    size = size or default_chunk_size(count, input.shape[1], classes, input.itemsize, device, summed)
     # The fast products of a GPU want rows that start at a multiple of 16 bytes; these do at one of 128.
     stride = classes if device == "cpu" else -(-classes // 64) * 64
     buffer = input.new_empty(min(size, count), stride)[:, :classes]
@@ -130,6 +133,8 @@ def _tried_to_add(device: torch.device, dtype: torch.dtype) -> bool:
     try:
         torch.addmm(total, ones, ones, out_dtype=torch.float32, out=total)
     except (RuntimeError, TypeError) as error:
+        if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)):  # they say nothing of addmm
+            raise
         reason = str(error).partition("\n")[0]
         warnings.warn(
             f"linear_cross_entropy: torch cannot add a product of {dtype} matrices to a float32 one on {device} "
@@ -188,7 +193,7 @@ class _Gradients:
 
 def _bwd(dlse, dpicked, dmean, input, weight, bias, target, top, lse, softcap, chunk_size, wanted):
     grads = _Gradients(input, weight, bias, wanted)
-    for rows, logits in _chunks(input, weight, bias, chunk_size):
+    for rows, logits in _chunks(input, weight, bias, chunk_size, wanted[1]):
         upstream = dlse[rows], dpicked[rows], None if dmean is None else dmean[rows]
         _ce.stats_bwd_in_place(*upstream, logits, target[rows], top[rows], lse[rows], softcap)
         grads.add(logits, rows)
@@ -200,7 +205,7 @@ def _fwd_bwd(input, weight, bias, target, scale, label_smoothing, z_loss, softca
     mean = label_smoothing > 0
     outputs = _ce.empty_stats(input, mean)
     grads = _Gradients(input, weight, bias, wanted)
-    for rows, logits in _chunks(input, weight, bias, chunk_size):
+    for rows, logits in _chunks(input, weight, bias, chunk_size, wanted[1]):
         shift = _stats(outputs, rows, logits, target, softcap, mean)
         upstream = reference.loss_gradients(scale[rows], *shift, label_smoothing, z_loss)
         _ce.stats_bwd_in_place(*upstream, logits, target[rows], *shift, softcap)
@@ -216,7 +221,7 @@ def _fwd_bwd_triton(input, weight, bias, target, scale, label_smoothing, z_loss,
         )  # fmt: skip
     outputs, scale = _ce.empty_stats(input, label_smoothing > 0), scale.contiguous()
     grads = _Gradients(input, weight, bias, wanted)
-    for rows, logits in _chunks(input, weight, bias, chunk_size):
+    for rows, logits in _chunks(input, weight, bias, chunk_size, wanted[1]):
         chunk = [output[rows] for output in outputs]
         _ce.launch_loss(chunk, logits, target[rows], scale[rows], label_smoothing, z_loss, softcap)
         grads.add(logits, rows)
@@ -401,8 +406,8 @@ def linear_cross_entropy(
         weight, reduction, ignore_index, label_smoothing, z_loss, softcap, num_valid, dtype: as `cross_entropy`;
             ignore_index None is -100, as torch. Class weights do not go with label smoothing and z-loss.
         chunk_size: rows whose logits are held at a time. Default on a CPU: as many as make them half the size of
-            linear_weight, at least 256 (512 for 16 bits), or 32 MiB of logits; on a GPU: about as many as make them the
-            size of a float32 linear_weight, or 1 GiB.
+            linear_weight, at least 256 (512 for 16 bits), or 32 MiB of logits; on a GPU: about 1 GiB of logits, or
+            with a gradient of linear_weight as many as make them the size of one in float32.
         return_logprobs: also return the log-probability of each target, differentiable.
         process_group: of torch.distributed: linear_weight and linear_bias are this rank's rows of a vocabulary that is
             cut over its ranks in their order, input and target the same on all. The loss, and the gradient of input,

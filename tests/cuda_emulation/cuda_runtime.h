@@ -3,8 +3,8 @@
 // uses.
 //
 // What it finds that a GPU may hide: a shuffle or barrier that not all threads reach (an error), a missing barrier (the
-// result changes with the order in which threads run, see emulation_set_order). What it cannot find: anything about
-// memory models, streams or speed.
+// result changes with the order in which threads run, see emulation_set_order), an asynchronous copy that is read before
+// it was waited for, or whose place is still read. What it cannot find: anything about memory models, streams or speed.
 #pragma once
 
 #include <cmath>
@@ -35,6 +35,10 @@ extern char* shared;       // what the launch gives each block
 
 void barrier();
 uint32_t shuffle_xor(unsigned mask, uint32_t value, int lane_mask);
+// A copy to shared memory that is made when it is waited for; until then its place holds NaN.
+void copy_later(void* to, const void* from, size_t bytes);
+void end_group_of_copies();
+void wait_for_copies(size_t groups);
 void run(dim3 grid, dim3 block, int bytes, const std::function<void()>& kernel);
 void note(const char* launcher, dim3 grid, dim3 block);
 

@@ -17,11 +17,18 @@ namespace {
 constexpr unsigned kWarp = 32;
 constexpr size_t kStack = 64 << 10;
 
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
+
 struct Fiber {
   ucontext_t context;
   std::vector<char> stack;
   Position position;
   bool done;
+  std::vector<std::vector<Copy>> copies;  // by group, the last one open
 };
 
 // A warp's shuffle: two buffers, since a lane may reach the next one while others still read this one.
@@ -68,6 +75,7 @@ void run_block() {
   for (unsigned i = 0; i < threads; ++i) {
     Fiber& fiber = fibers[i];
     fiber.done = false;
+    fiber.copies.assign(1, {});
     fiber.stack.resize(kStack);
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.data();
@@ -115,6 +123,25 @@ uint32_t shuffle_xor(unsigned mask, uint32_t value, int lane_mask) {
   warp.values[buffer][lane] = value;
   meet(warp.arrived, warp.generation, kWarp);
   return warp.values[buffer][lane ^ lane_mask];
+}
+
+void copy_later(void* to, const void* from, size_t bytes) {
+  memset(to, 0xff, bytes);
+  fibers[current].copies.back().push_back({to, from, bytes});
+}
+
+void end_group_of_copies() {
+  fibers[current].copies.emplace_back();
+}
+
+void wait_for_copies(size_t groups) {
+  auto& copies = fibers[current].copies;
+  while (copies.size() - 1 > groups) {
+    for (const Copy& copy : copies.front()) {
+      memcpy(copy.to, copy.from, copy.bytes);
+    }
+    copies.erase(copies.begin());
+  }
 }
 
 void run(dim3 grid, dim3 block, int bytes, const std::function<void()>& body) {

@@ -167,16 +167,19 @@ def _adamw(options: dict[str, Any]) -> Callable[[Draw], Call]:
 # Attention (kernels/_attention_config.py). On sm_90 a program has 64 or 128 queries and 32 to 128 keys, 16 to 32 in
 # float32: 300 to 513 rows are several tiles in both directions, some whole, some cut by a border or by the end.
 # Head size 64 and 128 are two configurations, 256 one with dk and dv apart; 72 is masked at every load; a mask, ALiBi,
-# a softcap or dropout takes the featured tables. float32 has its own; 16 bits share theirs, so that float16 is run
+# a softcap or dropout takes the featured tables. On Hopper, whole heads of 64 or 128 take kernels of their own, unless
+# something lies between them. float32 has its own; 16 bits share theirs, so that float16 is run
 # where it may differ: in the range of what is multiplied.
 
 ATTENTION: dict[str, tuple] = {
-    # name: head size, (heads, key heads, Sq, Sk), features, dtypes
+    # name: head size, (heads, key heads, Sq, Sk), features, dtypes, and what lies between heads
     "causal": (64, (4, 2, 513, 513), ("causal", "gqa"), DTYPES),
     "whole tiles": (128, (2, 2, 512, 512), (), SIXTEEN),
     "window": (128, (4, 1, 300, 385), ("window", "gqa", "bottom_right"), (torch.bfloat16,)),
     "odd head": (72, (2, 2, 300, 300), ("causal",), (torch.bfloat16,)),
     "two passes": (256, (2, 1, 300, 300), ("causal", "gqa"), (torch.bfloat16,)),
+    "wide head": (512, (2, 1, 300, 300), ("causal", "gqa"), (torch.bfloat16,)),
+    "no descriptors": (128, (2, 1, 300, 300), ("causal", "gqa"), (torch.bfloat16,), 4),
     "bool mask": (64, (2, 2, 300, 385), ("bool_mask", "softcap", "sinks"), (torch.bfloat16,)),
     "float mask": (64, (4, 2, 300, 385), ("float_mask", "alibi", "dropout", "causal", "gqa"), DTYPES),
 }
@@ -204,13 +207,14 @@ def _features(draw: Draw, names: tuple[str, ...], heads: int, seq_q: int, seq_k:
     return found | {"return_lse": True}
 
 
-def _attention(size: int, shape: tuple, names: tuple[str, ...]) -> Callable[[Draw], Call]:
+def _attention(size: int, shape: tuple, names: tuple[str, ...], gap: int = 0) -> Callable[[Draw], Call]:
     heads, kv_heads, seq_q, seq_k = shape
 
     def call(draw: Draw) -> Call:
         extras = _features(draw, names, heads, seq_q, seq_k)
-        q = draw(1, seq_q, heads, size).transpose(1, 2)  # as projections lay heads out
-        k, v = (draw(1, seq_k, kv_heads, size).transpose(1, 2) for _ in range(2))
+        # As projections lay heads out.
+        q = draw(1, seq_q, heads, size + gap)[..., :size].transpose(1, 2)
+        k, v = (draw(1, seq_k, kv_heads, size + gap)[..., :size].transpose(1, 2) for _ in range(2))
         return (q, k, v), extras
 
     return call
@@ -295,7 +299,7 @@ for variant in (
         Variant("adamw", name, _adamw(options), ADAMW_DTYPES.get(name, DTYPES), options)
         for name, options in ADAMW.items()
     ),
-    *(Variant("attention", name, _attention(*sizes[:3]), sizes[3]) for name, sizes in ATTENTION.items()),
+    *(Variant("attention", name, _attention(*sizes[:3], *sizes[4:]), sizes[3]) for name, sizes in ATTENTION.items()),
     *(Variant("attention_varlen", name, _varlen(*sizes[:5]), sizes[5]) for name, sizes in VARLEN.items()),
     *(Variant("attention_kvcache", name, _kvcache(*sizes), SIXTEEN[:1]) for name, sizes in KVCACHE.items()),
     *POINTWISE,

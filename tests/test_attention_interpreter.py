@@ -327,7 +327,7 @@ if INSIDE:
                 ((q.double(),) * 3, {}, "got float64"),
                 ((q, q, q, mask), {}, "attn_mask requires grad"),
                 ((q, q, q), {"scale": -1.0}, "scale must be positive"),
-                ((torch.randn(1, 1, 4, 264),) * 3, {}, "head sizes go to 256, got 264"),
+                ((torch.randn(1, 1, 4, 520),) * 3, {}, "head sizes go to 512, got 520"),
             ):
                 with pytest.raises(fastllm.BackendUnavailable, match=reason):
                     ops.attention(*args, **kwargs)

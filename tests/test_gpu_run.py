@@ -406,7 +406,7 @@ def test_the_kernels_of_the_training_step_are_compiled_ahead():
     texts = _jobs.record({"do": "record", "index": index, "chip": ("cuda", 90)})["launches"]
     launches = [json.loads(text) for text in texts]
     kernels = {launch["kernel"].partition(":")[2] for launch in launches}
-    assert {"_attention_fwd_kernel", "_attention_dkdv_kernel", "_attention_dq_kernel"} <= kernels
+    assert {f"_attention_{kind}_hopper_kernel" for kind in ("fwd", "dkdv", "dq")} <= kernels
     assert "_cross_entropy_loss_kernel" in kernels
     dtypes = {launch["args"]["q"]["dtype"] for launch in launches if "_attention_fwd" in launch["kernel"]}
     assert dtypes == {"bfloat16"}

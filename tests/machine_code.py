@@ -13,11 +13,11 @@ clock and multiprocessor).
 
 from __future__ import annotations
 
+import argparse
 import functools
 import re
 import shutil
 import subprocess
-import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -145,9 +145,15 @@ def _demangled(names: list[str]) -> list[str]:
     return [line.partition("(")[0] if "(" in line.partition(">")[2] else line for line in shortened]
 
 
-def main(path: str, pattern: str = "") -> None:
-    for name, kernel in read(path).items():
-        if re.search(pattern, name):
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Registers, widths of accesses in bits and loops of sm_90's kernels.")
+    parser.add_argument("file", help="a library or a cubin")
+    parser.add_argument("pattern", nargs="?", default="", help="of the kernels' names")
+    args = parser.parse_args()
+    if not Path(args.file).exists():
+        parser.error(f"there is no {args.file}")
+    for name, kernel in read(args.file).items():
+        if re.search(args.pattern, name):
             widths = ", ".join(f"{each} {kernel.widths(each)}" for each in ("LDG", "STG") if kernel.has(each))
             print(
                 f"{name}: {kernel.registers} registers, stack {kernel.stack}, {len(kernel.code)} instructions, {widths}"
@@ -157,4 +163,4 @@ def main(path: str, pattern: str = "") -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

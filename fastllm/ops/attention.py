@@ -200,7 +200,8 @@ def attention(
 
     Args:
         query: (B, H, Sq, D), any strides, so that views of (B, S, H, D) cost nothing. float32, bfloat16, float16;
-            float64 on the CPU.
+            float64 runs on torch's kernel or the reference. D up to 512 in kernels; what is wider, and float32 of more
+            than 256 on GPUs with little shared memory, runs on the reference.
         key: (B, HK, Sk, D).
         value: (B, HK, Sk, DV); DV may differ from D.
         attn_mask: bool (True: visible) or additive, broadcastable to (B, H, Sq, Sk). Unlike in torch it may be given

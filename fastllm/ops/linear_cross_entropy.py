@@ -396,7 +396,7 @@ def linear_cross_entropy(
     Argument names are those of `torch.nn.functional.linear_cross_entropy`. With "mean" and "sum" the gradients are
     computed in the forward, a chunk of rows at a time, and need three matrix products; with "none", return_logprobs,
     process_group and in float16 the backward computes the logits once more, a fourth. The gradient of the weight is
-    summed over chunks in float32.
+    summed over chunks in float32; of a single chunk there is nothing to sum.
 
     Args:
         input: (..., H) hidden states; float32, bfloat16, float16; float64 runs on the reference.
@@ -405,9 +405,10 @@ def linear_cross_entropy(
         linear_bias: (V,).
         weight, reduction, ignore_index, label_smoothing, z_loss, softcap, num_valid, dtype: as `cross_entropy`;
             ignore_index None is -100, as torch. Class weights do not go with label smoothing and z-loss.
-        chunk_size: rows whose logits are held at a time. Default on a CPU: as many as make them half the size of
-            linear_weight, at least 256 (512 for 16 bits), or 32 MiB of logits; on a GPU: about 1 GiB of logits, or
-            with a gradient of linear_weight as many as make them the size of one in float32.
+        chunk_size: rows whose logits are held at a time: fewer take less memory and more time. Default on a CPU: as
+            many as make the logits half the size of linear_weight, but no fewer than 256 (512 for 16 bits), or than
+            fill 32 MiB. On a GPU: as many as fill 1 GiB, or, where linear_weight wants its gradient, as much as that
+            takes in float32, shared out evenly.
         return_logprobs: also return the log-probability of each target, differentiable.
         process_group: of torch.distributed: linear_weight and linear_bias are this rank's rows of a vocabulary that is
             cut over its ranks in their order, input and target the same on all. The loss, and the gradient of input,

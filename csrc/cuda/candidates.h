@@ -16,8 +16,8 @@ constexpr int kAdamwSteps[] = {4, 2, 8, 16, 32};
 // grid that stays, whose blocks walk over the rows.
 enum NormFwdCandidate { kFewThreads, kManyThreads, kStaying, kNormFwdCandidates };
 
-// The backward of norms: the most threads of a block, which is as many rows as they make. Fewer wait for each other less;
-// shared memory holds as many blocks, so that there are fewer rows at once.
+// The backward of norms: the most threads of a block, which is as many rows as they make. Fewer wait for each other
+// less; shared memory holds as many blocks, so that there are fewer rows at once.
 constexpr int kNormBwdThreads[] = {512, 256, 128};
 
 }  // namespace fastllm

@@ -2,8 +2,8 @@
 // fastllm/reference/_norm.py.
 //
 // A row belongs to one warp (up to 1,024 elements of 16 bits) or to one block. Its elements stay in registers between
-// the passes, so that x is read once; rows too long for that (over 16,384 elements, or ragged ones over 4,096) are read again from
-// the cache. Bytes that must move: x (and residual) once in, y (and sum) once out.
+// the passes, so that x is read once; rows too long for that (over 16,384 elements, or ragged ones over 4,096) are read
+// again from the cache. Bytes that must move: x (and residual) once in, y (and sum) once out.
 #include "norm.h"
 
 #include "../math/norm.h"

@@ -3,8 +3,9 @@
 // uses.
 //
 // What it finds that a GPU may hide: a shuffle or barrier that not all threads reach (an error), a missing barrier (the
-// result changes with the order in which threads run, see emulation_set_order), an asynchronous copy that is read before
-// it was waited for, or whose place is still read. What it cannot find: anything about memory models, streams or speed.
+// result changes with the order in which threads run, see emulation_set_order), an asynchronous copy that is read
+// before it was waited for, or whose place is still read. What it cannot find: anything about memory models, streams or
+// speed.
 #pragma once
 
 #include <cmath>

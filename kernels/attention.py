@@ -151,7 +151,7 @@ def _start(kind: str, config: Config, args: dict[str, Any], packed: Packed | Non
         args = args | {name: 0 for name in args if name.startswith("stride_") and re.search("[^_]b$", name)}
     kernel = (SPECIALISED_KERNELS if config.specialised else KERNELS)[kind]
     known = args | {"tiles": tiles, "blocks": blocks, "VARLEN": packed is not None}
-    taken = {name: value for name, value in known.items() if name in kernel.arg_names and name not in config.blocks}
+    taken = {name: known[name] for name in kernel.arg_names if name in known and name not in config.blocks}
     _utils.launch(kernel, (programs,), config, **taken)
 
 
@@ -184,9 +184,9 @@ TRITON = (3, 6), (3, 9)
 def unsuited(chip: tuple, args: dict[str, Any]) -> str | None:
     """Why the warp-specialised kernels cannot run this, or None."""
     q = args["q"]
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if chip != HOPPER:
         return "made for compute capability 9.0"
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if not TRITON[0] <= version <= TRITON[1]:
         return f"not tried with Triton {triton.__version__}"
     if q.dtype not in (torch.bfloat16, torch.float16):

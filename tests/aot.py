@@ -77,16 +77,26 @@ def source(launch: Launch) -> triton.compiler.ASTSource:
     return triton.compiler.ASTSource(launch.kernel, signature, constants, attributes)
 
 
-def compile(launch: Launch, target: str) -> Resources:
+def compiled_for(launch: Launch, target: str) -> triton.compiler.CompiledKernel:
     options = {"num_warps": launch.config.warps, "num_stages": launch.config.stages, "enable_fp_fusion": launch.fusion}
-    compiled = triton.compile(source(launch), target=TARGETS[target], options=options)
+    return triton.compile(source(launch), target=TARGETS[target], options=options)
+
+
+def machine_code_of(compiled: triton.compiler.CompiledKernel, target: str) -> machine_code.Kernel:
+    """That of a chip of NVIDIA's."""
+    with cubin(compiled.asm["cubin"]) as path:
+        (kernel,) = machine_code.read(path, target).values()
+    return kernel
+
+
+def compile(launch: Launch, target: str) -> Resources:
+    compiled = compiled_for(launch, target)
     if target.startswith("gfx"):
         text = compiled.asm["amdgcn"]
         spills = sum(int(n) for n in re.findall(r"\.[vs]gpr_spill_count:\s*(\d+)", text))
         registers = max(int(n) for n in re.findall(r"\.vgpr_count:\s*(\d+)", text))
         return Resources(registers, spills, compiled.metadata.shared, "MFMA" if "v_mfma_" in text else "")
-    with cubin(compiled.asm["cubin"]) as path:
-        (kernel,) = machine_code.read(path, target).values()
+    kernel = machine_code_of(compiled, target)
     matrix = [name for name in ("HGMMA", "UTCHMMA", "HMMA") if kernel.has(name)]
     spills = kernel.main_loop().count("STL", "LDL") if matrix else 0
     shared = compiled.metadata.shared

@@ -27,10 +27,8 @@ LOOPS = {"fwd": {64: (650, 512), 128: (720, 1024)}, "dkdv": {64: (480, 512), 128
 def test_machine_code(kind, size):
     launches = aot.record("sm_90", lambda: aot.training(size))
     (launch,) = [launch for launch in launches if launch.kernel.fn.__name__ == f"_attention_{kind}_hopper_kernel"]
-    options = {"num_warps": launch.config.warps, "num_stages": launch.config.stages, "enable_fp_fusion": launch.fusion}
-    compiled = triton.compile(aot.source(launch), target=aot.TARGETS["sm_90"], options=options)
-    with aot.cubin(compiled.asm["cubin"]) as path:
-        (kernel,) = machine_code.read(path).values()
+    compiled = aot.compiled_for(launch, "sm_90")
+    kernel = aot.machine_code_of(compiled, "sm_90")
     assert kernel.stack == 0
     assert compiled.metadata.shared <= aot.SHARED_LIMIT["sm_90"]
     assert kernel.has("UTMALDG"), "tiles do not come through the copy engine"

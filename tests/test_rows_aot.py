@@ -10,8 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 import machine_code
-import triton
-from aot import TARGETS, cubin, record, source
+from aot import compiled_for, machine_code_of, record
 
 from fastllm.precompile import Launch
 
@@ -26,11 +25,7 @@ def _empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 def _compiled(run) -> dict[str, tuple[Launch, machine_code.Kernel]]:
     found = {}
     for launch in record("sm_90", run):
-        config = launch.config
-        options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": launch.fusion}
-        compiled = triton.compile(source(launch), target=TARGETS["sm_90"], options=options)
-        with cubin(compiled.asm["cubin"]) as path:
-            ((name, kernel),) = machine_code.read(path).items()
+        kernel, name = machine_code_of(compiled_for(launch, "sm_90"), "sm_90"), launch.kernel.fn.__name__
         assert kernel.stack == 0, name
         found[name.strip("_").removesuffix("_kernel")] = launch, kernel
     return found

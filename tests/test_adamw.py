@@ -403,6 +403,27 @@ def test_the_8_bit_code(signed):
     assert int((code == 0).sum()) == 0 or signed, "a second moment that is not zero is never coded as zero"
 
 
+@pytest.mark.parametrize("size", [2.0**-70, 2.0**-45, 2.0**-36, 1.0, 2.0**40, 2.0**60])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("binding", bindings.NAMES)
+def test_8_bit_moments_of_any_size(binding, dtype, size):
+    """Of gradients of eleven decades; blocks of zeros, infinities and NaN; a ragged end."""
+    with bindings.bound(binding) as device:
+        got, expected = (
+            State(dtype, shapes=[(256 * 9 + 37,)], moment_dtype=torch.uint8, device=d) for d in (device, "cpu")
+        )
+        for step in range(3):
+            spread = 10 ** torch.linspace(-11, 0, 256 * 9 + 37)[torch.randperm(256 * 9 + 37)]
+            grads = [(g.float() * spread * size).to(dtype) for g in expected.grads(step)]
+            grads[0][:300] = 0.0
+            if step == 2:
+                grads[0][600], grads[0][1000], grads[0][-1] = math.inf, math.nan, -math.inf
+            got.step([g.to(device) for g in grads])
+            with fastllm.use_backend("reference"):
+                expected.step(grads)
+    assert_same(got, expected, binding)
+
+
 def test_quantize_keeps_the_order_of_memory():
     x = make((3, 5, 7), torch.float32, layout="transposed")
     code, scale = quantize(x, True)

@@ -55,6 +55,14 @@ def test_adamw_has_few_special_functions_an_element(kernels):
     assert specials <= 8 * 6, specials  # two a root and quotient, three where they are not exact, one to unscale
 
 
+def test_8_bit_moments_are_decoded_and_coded_by_lookup(kernels):
+    """Both of eight elements: by comparisons, coding takes more than twice as many instructions."""
+    for name, kernel in named(kernels, r"adamw_step_kernel<\w+, \w+, Code>").items():
+        lookups = sum(kernel.widths("LDS").values())
+        assert lookups >= 8 * 4, f"{name}: {lookups}"
+        assert kernel.shared <= 32 << 10, f"{name}: {kernel.shared}: three blocks must fit a multiprocessor of 100 KB"
+
+
 PACKED = "<(float, 4|__nv_bfloat16, 8|__half, 8), "
 
 

@@ -6,6 +6,8 @@
 
 #include <torch/csrc/stable/accelerator.h>
 
+#include <algorithm>
+
 namespace fastllm {
 
 bool adamw_has_kernel(const AdamwTypes& types) {
@@ -28,9 +30,14 @@ void run_adamw_step(AdamwTensors tensors, const AdamwCall& call, const AdamwDevi
   }
   constexpr int64_t kFloats = sizeof(AdamwScalars) / sizeof(float);
   static_assert(sizeof(AdamwFactors) <= sizeof(AdamwScalars));
-  const Tensor scratch = empty_vector(like, (count + 1) * kFloats, ScalarType::Float);
+  static_assert(kFloats % 4 == 0, "so that the codes are aligned");
+  const bool quantized =
+      std::any_of(tensors.begin(), tensors.end(), [](const AdamwTensor& t) { return t.types.quantized; });
+  const Tensor scratch =
+      empty_vector(like, (count + 1) * kFloats + (quantized ? kAdamwCodesWords : 0), ScalarType::Float);
   auto* scalars = static_cast<AdamwScalars*>(scratch.mutable_data_ptr());
   auto* factors = reinterpret_cast<AdamwFactors*>(scalars + count);
+  auto* codes = quantized ? reinterpret_cast<uint32_t*>(scalars + count + 1) : nullptr;
   const AdamwInputs inputs{
       adamw_scalar(device.grad_norm),
       adamw_scalar(device.grad_scale),
@@ -38,7 +45,15 @@ void run_adamw_step(AdamwTensors tensors, const AdamwCall& call, const AdamwDevi
       adamw_scalar(device.lr),
       device.max_norm};
   launch_adamw_prepare(
-      tensors.data, device.steps_apart ? host_steps.data() : nullptr, count, call, inputs, scalars, factors, stream);
+      tensors.data,
+      device.steps_apart ? host_steps.data() : nullptr,
+      count,
+      call,
+      inputs,
+      scalars,
+      factors,
+      codes,
+      stream);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   // One pass over the tensors for each mix of types among them; nearly always there is one.
   std::vector<bool> done(count);
@@ -61,6 +76,7 @@ void run_adamw_step(AdamwTensors tensors, const AdamwCall& call, const AdamwDevi
         device.grad_scale.has_value(),
         scalars,
         factors,
+        codes,
         stream);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }

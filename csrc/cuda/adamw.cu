@@ -4,9 +4,11 @@
 // thread takes eight elements at a time, in packs of four of each tensor that is aligned for them, single elements of
 // one that is not and at the ragged end. What differs from call to call but not inside one (masters, amsgrad, ...) is
 // asked once for the eight.
-#include "adamw.cuh"
+#include "adamw_moments.cuh"
 #include "candidates.h"
 #include "exact.cuh"
+
+#include <algorithm>
 
 namespace fastllm {
 
@@ -34,6 +36,7 @@ struct Entry {
 struct LaunchHeader {
   const AdamwScalars* scalars;
   const AdamwFactors* factors;
+  const uint32_t* codes;
   uint64_t seed;
   int32_t count;
   int32_t chunk;  // elements of a block
@@ -47,89 +50,6 @@ struct Launch {
   Entry entries[kEntries];
 };
 static_assert(sizeof(Launch) <= kAdamwArgumentBytes);
-
-constexpr uint32_t kInfinity = 0x7f800000u;  // its bits
-
-// Of a thread's magnitudes below `limit`, as integers, the largest.
-__device__ __forceinline__ uint32_t largest_below(const float (&x)[kVec], int64_t rest, uint32_t limit) {
-  uint32_t largest = 0;
-#pragma unroll
-  for (int i = 0; i < kVec; ++i) {
-    const uint32_t bits = bits_as<uint32_t>(x[i]) & 0x7fffffffu;
-    largest = place(i) < rest && bits < limit && bits > largest ? bits : largest;
-  }
-  return largest;
-}
-
-// A moment of T, or of Code, whose block of 256 elements is the warp's and has one scale.
-template <class T, bool kSigned>
-struct Moment {
-  Raw<T> raw;
-  float scale;
-
-  __device__ __forceinline__ void load(
-      const void* base, const float* scales, int64_t offset, bool vector, int64_t rest) {
-    raw.load(static_cast<const T*>(base) + offset, vector, rest);
-    if constexpr (sizeof(T) == 1) {
-      scale = scales[offset / kAdamwBlock];
-    }
-  }
-
-  // `decoded`: what each code stands for at the scale 1.
-  __device__ __forceinline__ void get(float (&x)[kVec], const float* decoded) const {
-    if constexpr (sizeof(T) == 1) {
-      const float size = fabsf(scale);
-#pragma unroll
-      for (int i = 0; i < kVec; ++i) {
-        x[i] = Ops::mul(decoded[raw.get(i)], size);
-      }
-      if (scale < 0.0f) {
-#pragma unroll
-        for (int i = 0; i < kVec; ++i) {
-          x[i] = adamw_decode<Ops, kSigned>(raw.get(i), scale);
-        }
-      }
-    } else {
-      raw.get(x);
-    }
-  }
-
-  // All lanes of a warp must call this. `rest`: of its elements, what is past it does not count for the scale.
-  __device__ __forceinline__ void set(float (&x)[kVec], int64_t rest) {
-    if constexpr (sizeof(T) == 1) {
-      // The largest magnitude's bits: as integers, infinities and NaN are larger than numbers.
-      const uint32_t largest = warp_max(largest_below(x, rest, 0xffffffffu));
-      if (largest < kInfinity) {
-        scale = adamw_block_scale(bits_as<float>(largest), true);
-        // In this range, quotients from 1e-7 on are exact (exact.cuh). A block of zeros has none but 0 or NaN.
-        const float factor = scale < 0x1p-70f ? 0x1p100f : scale > 0x1p100f ? 0x1p-100f : 1.0f;
-        const Divisor by_scale(scale * factor);
-#pragma unroll
-        for (int i = 0; i < kVec; ++i) {
-          const auto divide = [&](float magnitude) { return by_scale.divide(magnitude * factor); };
-          raw.set(i, adamw_encode<Ops, kSigned, true>(x[i], scale, divide));
-        }
-      } else {
-        scale = adamw_block_scale(bits_as<float>(warp_max(largest_below(x, rest, kInfinity))), false);
-#pragma unroll
-        for (int i = 0; i < kVec; ++i) {
-          raw.set(i, adamw_encode<Ops, kSigned>(x[i], scale));
-        }
-      }
-    } else {
-      raw.set(x);
-    }
-  }
-
-  __device__ __forceinline__ void store(void* base, float* scales, int64_t offset, bool vector, int64_t rest) const {
-    raw.store(static_cast<T*>(base) + offset, vector, rest);
-    if constexpr (sizeof(T) == 1) {
-      if (threadIdx.x % kWarp == 0) {
-        scales[offset / kAdamwBlock] = scale;
-      }
-    }
-  }
-};
 
 // adamw_param of a thread's elements: without branches, where exact.cuh's ranges hold for all of them. A second moment
 // of 2^-80 or more has a root of 2^-40, and 1 / correction2 can make that only larger.
@@ -187,11 +107,9 @@ __global__ void __launch_bounds__(kThreads, 3) adamw_step_kernel(const __grid_co
   if (factors.skip != 0.0f) {
     return;
   }
-  __shared__ float decoded[2][kCodes ? 256 : 1];
+  __shared__ std::conditional_t<kCodes, Codes, NoCodes> codes;
   if constexpr (kCodes) {
-    decoded[0][threadIdx.x] = adamw_decode<Ops, true>(threadIdx.x, 1.0f);
-    decoded[1][threadIdx.x] = adamw_decode<Ops, false>(threadIdx.x, 1.0f);
-    __syncthreads();
+    copy_codes(codes, header.codes);
   }
   const int32_t chunk = blockIdx.x;
   const Entry& e = launch.entries[find_entry(launch.entries, header.count, chunk)];
@@ -235,8 +153,8 @@ __global__ void __launch_bounds__(kThreads, 3) adamw_step_kernel(const __grid_co
       grad_raw.store(static_cast<G*>(e.grad) + offset, some(kGrad), rest);
       grad_raw.get(grad);
     }
-    exp_avg_raw.get(exp_avg, decoded[0]);
-    exp_avg_sq_raw.get(exp_avg_sq, decoded[kCodes]);
+    exp_avg_raw.get(exp_avg, codes);
+    exp_avg_sq_raw.get(exp_avg_sq, codes);
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {
       adamw_moments<Ops>(exp_avg[i], exp_avg_sq[i], Ops::mul(grad[i], factors.clip), s);
@@ -250,12 +168,12 @@ __global__ void __launch_bounds__(kThreads, 3) adamw_step_kernel(const __grid_co
       Moment<M, false> max_raw;
       float so_far[kVec];
       max_raw.load(e.max_exp_avg_sq, nullptr, offset, some(kMax), rest);
-      max_raw.get(so_far, nullptr);
+      max_raw.get(so_far, codes);
 #pragma unroll
       for (int i = 0; i < kVec; ++i) {
         square[i] = adamw_largest<Ops>(so_far[i], exp_avg_sq[i]);
       }
-      max_raw.set(square, rest);
+      max_raw.set(square, codes);
       max_raw.store(e.max_exp_avg_sq, nullptr, offset, some(kMax), rest);
     }
     if (!has_master) {
@@ -270,14 +188,14 @@ __global__ void __launch_bounds__(kThreads, 3) adamw_step_kernel(const __grid_co
     }
     update_params(param, exp_avg, square, s);
 
-    exp_avg_sq_raw.set(exp_avg_sq, rest);
+    exp_avg_sq_raw.set(exp_avg_sq, codes);
     if (kCodes && exp_avg_sq_raw.scale < 0.0f) {  // some are not finite
 #pragma unroll
       for (int i = 0; i < kVec; ++i) {
         exp_avg[i] = adamw_first_moment<Ops>(exp_avg[i], exp_avg_sq[i]);
       }
     }
-    exp_avg_raw.set(exp_avg, rest);
+    exp_avg_raw.set(exp_avg, codes);
     if (kIsBFloat16 && has_master) {
 #pragma unroll
       for (int i = 0; i < kVec; ++i) {
@@ -321,6 +239,7 @@ struct PrepareHeader {
   AdamwInputs inputs;
   AdamwScalars* scalars;
   AdamwFactors* factors;
+  uint32_t* codes;
   float sign;
   int32_t count;
   bool on_host, first;
@@ -347,6 +266,9 @@ __global__ void __launch_bounds__(kThreads) adamw_prepare_kernel(const __grid_co
   if (header.first && i == 0) {
     const float clip = inputs.grad_norm != nullptr ? adamw_clip(*inputs.grad_norm, inputs.max_norm) : 1.0f;
     *header.factors = {clip * header.sign, inputs.grad_scale != nullptr ? *inputs.grad_scale : 1.0f, skip};
+  }
+  if (header.codes != nullptr && i < kAdamwCodesWords) {
+    header.codes[i] = codes_word(i);
   }
   if (i < header.count && skip == 0.0f) {
     AdamwHyper hyper = header.hyper;
@@ -414,6 +336,7 @@ void launch_adamw_prepare(
     const AdamwInputs& inputs,
     AdamwScalars* scalars,
     AdamwFactors* factors,
+    uint32_t* codes,
     cudaStream_t stream) {
   for (int64_t first = 0; first < count; first += kPrepared) {
     Prepare prepare;
@@ -423,6 +346,7 @@ void launch_adamw_prepare(
         inputs,
         scalars + first,
         factors,
+        first == 0 ? codes : nullptr,
         call.maximize ? -1.0f : 1.0f,
         0,
         host_steps != nullptr,
@@ -435,7 +359,8 @@ void launch_adamw_prepare(
         prepare.steps[i].device = tensors[first + i].step;
       }
     }
-    launch(adamw_prepare_kernel, dim3(ceil_div(header.count, kThreads)), dim3(kThreads), stream, prepare);
+    const int threads = header.codes != nullptr ? std::max(header.count, kAdamwCodesWords) : header.count;
+    launch(adamw_prepare_kernel, dim3(ceil_div(threads, kThreads)), dim3(kThreads), stream, prepare);
   }
 }
 
@@ -447,14 +372,16 @@ void launch_adamw_step(
     bool unscale,
     const AdamwScalars* scalars,
     const AdamwFactors* factors,
+    const uint32_t* codes,
     cudaStream_t stream) {
   const AdamwTypes& types = tensors[order[0]].types;
   const Kernel kernel = find_kernel(types);
   const int moment_bytes = types.quantized ? 1 : bytes(types.moment);
-  const int64_t chunk = kStride * kAdamwSteps[candidate(Tuned::kAdamw)];
+  // With 8-bit moments twice as many: a block starts by copying 25 KB.
+  const int64_t chunk = kStride * kAdamwSteps[candidate(Tuned::kAdamw)] * (types.quantized ? 2 : 1);
   Launch args;
   args.header = {
-      scalars, factors, call.seed, 0, static_cast<int32_t>(chunk), unscale, call.stochastic, types.remainder};
+      scalars, factors, codes, call.seed, 0, static_cast<int32_t>(chunk), unscale, call.stochastic, types.remainder};
   int64_t total = 0;
   const auto flush = [&] {
     if (total > 0) {

@@ -173,7 +173,11 @@ struct Raw {
   }
 
   __device__ __forceinline__ uint32_t get(int i) const {
-    return packs[i / kPack].words[i % kPack / kPerWord] >> (i % kPerWord * kBits) & kMask;
+    const uint32_t word = packs[i / kPack].words[i % kPack / kPerWord];
+    if constexpr (kBits == 8) {
+      return __byte_perm(word, 0u, 0x4440 | i % kPerWord);  // one instruction, where a shift and a mask become three
+    }
+    return word >> (i % kPerWord * kBits) & kMask;
   }
 
   __device__ __forceinline__ void set(int i, uint32_t bits) {

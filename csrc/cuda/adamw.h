@@ -32,11 +32,15 @@ struct AdamwInputs {
   float max_norm;
 };
 
+// 32-bit words that 8-bit moments are looked up in (adamw_codes.cuh), aligned to 16 bytes.
+constexpr int kAdamwCodesWords = 6276;
+
 // Whether there is a kernel for these types.
 bool adamw_cuda_supports(const AdamwTypes& types);
 
 // Enqueues the increments of `count` steps, which lie on the device, or (`host_steps`) are floats already incremented;
-// writes what follows from each step to scalars[0..count) and what follows from the inputs to `factors`.
+// writes what follows from each step to scalars[0..count), what follows from the inputs to `factors`, and unless it is
+// null, the words to `codes`.
 void launch_adamw_prepare(
     const AdamwTensor* tensors,
     const float* host_steps,
@@ -45,6 +49,7 @@ void launch_adamw_prepare(
     const AdamwInputs& inputs,
     AdamwScalars* scalars,
     AdamwFactors* factors,
+    uint32_t* codes,
     cudaStream_t stream);
 
 // Enqueues the update of tensors[order[i]], 0 <= i < count, all of the same types.
@@ -56,6 +61,7 @@ void launch_adamw_step(
     bool unscale,
     const AdamwScalars* scalars,
     const AdamwFactors* factors,
+    const uint32_t* codes,
     cudaStream_t stream);
 
 // How many partial sums the norm of these gradients needs.

@@ -66,8 +66,8 @@ FASTLLM_HOST_DEVICE void adamw_moments(
     typename Ops::F& exp_avg, typename Ops::F& exp_avg_sq, typename Ops::F grad, const AdamwScalars& s) {
   const auto difference = Ops::sub(grad, exp_avg);
   // As torch.lerp: from the nearer end.
-  exp_avg = s.lerp < 0.5f ? Ops::fma(Ops::splat(s.lerp), difference, exp_avg)
-                          : Ops::fma(Ops::splat(s.lerp - 1.0f), difference, grad);
+  const bool near = s.lerp < 0.5f;
+  exp_avg = Ops::fma(Ops::splat(near ? s.lerp : s.lerp - 1.0f), difference, near ? exp_avg : grad);
   exp_avg_sq = Ops::fma(Ops::mul(Ops::splat(s.square), grad), grad, Ops::mul(exp_avg_sq, Ops::splat(s.beta2)));
 }
 

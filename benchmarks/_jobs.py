@@ -289,7 +289,7 @@ def time_candidates(job: Job) -> dict[str, Any]:
     finally:
         _ext._cuda_candidate(job["kernel"], 0)
     medians = {which: round(statistics.median(found), 4) for which, found in times.items()}
-    shown = {key: job[key] for key in ("kernel", "dtype", "shape")}
+    shown = {key: job[key] for key in ("kernel", "dtype", "moments", "shape") if key in job}
     for which, milliseconds in medians.items():
         append(
             Path(os.environ[RESULTS]), {"stage": "tuning", **shown, "candidate": which, "milliseconds": milliseconds}
@@ -301,18 +301,17 @@ def _cuda_call(job: Job) -> Callable[[], Any]:
     """One launch of the kernel, on tensors of the job's shape and dtype; small ones without a GPU."""
     import torch
 
-    from fastllm import ops
     from fastllm.backends import OPS
+    from fastllm.optim import AdamW
     from fastllm.testing import make
 
     dtype, device = getattr(torch, job["dtype"]), job["device"]
     shape = job["shape"] if device == "cuda" else [min(size, 64) for size in job["shape"]]
     x = make(shape, dtype, device)
     if job["kernel"] == "adamw":
-        grad, steps = make(shape, dtype, device, seed=1), [torch.zeros((), device=device)]
-        exp_avg, exp_avg_sq = torch.zeros_like(x), torch.zeros_like(x)
-        hyper = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.1, "eps": 1e-8}
-        return lambda: ops.adamw([x], [grad], [exp_avg], [exp_avg_sq], [], steps, **hyper)
+        param = torch.nn.Parameter(x)
+        param.grad = make(shape, dtype, device, seed=1)
+        return AdamW([param], moment_dtype=getattr(torch, job["moments"])).step
     weight, bias = (make(shape[1:], dtype, device, seed=seed) for seed in (1, 2))
     forward = OPS["layer_norm_fwd"].call
     if job["kernel"] == "norm_fwd":

@@ -230,7 +230,10 @@ TUNED_ROWS = [
 ]
 """Calls of ops over rows whose blocks are."""
 CUDA_TUNED = [
-    *({"kernel": "adamw", "dtype": dtype, "shape": [10**8]} for dtype in ("float32", "bfloat16")),
+    *(
+        {"kernel": "adamw", "dtype": dtype, "moments": moments, "shape": [10**8]}
+        for dtype, moments in (("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "uint8"))
+    ),
     *(
         {"kernel": kernel, "dtype": "bfloat16", "shape": [8192, n]}
         for kernel in ("norm_fwd", "norm_bwd")

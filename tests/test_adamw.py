@@ -124,8 +124,9 @@ def test_misaligned(binding, dtype, offsets):
 
 @pytest.mark.parametrize("binding", bindings.NAMES)
 def test_thousands_of_tensors(binding):
-    """More than one launch holds."""
+    """More than one launch holds, of the step and of what comes before it."""
     compare(binding, dtype=torch.float32, shapes=[(1 + i % 9,) for i in range(2500)], steps=2)
+    compare(binding, dtype=torch.float32, shapes=[(1 + i % 9,) for i in range(700)], moment_dtype=torch.uint8, steps=2)
 
 
 @pytest.mark.parametrize("options", [{}, {"master": "remainder", "moment_dtype": torch.uint8}], ids=str)

@@ -88,6 +88,9 @@ int main(int, char** args) {
     wrong += code_word<true>(codes, 0.0f, y) >> 24 != 0;
     wrong += code_word<false>(codes, 0.0f, y) >> 24 != 0;
   }
+  const float least = std::numeric_limits<float>::denorm_min();  // not zero, though its quotient may be
+  wrong += code_word<false>(codes, least, 0.0f) >> 24 != 1;
+  wrong += code_word<true>(codes, -least, -0.0f) >> 24 != 0;
   std::printf("changes, %ld compared, %ld wrong\\n", compared, wrong);
 }
 """
@@ -95,7 +98,7 @@ int main(int, char** args) {
 
 @pytest.mark.parametrize("step", [997, pytest.param(1, marks=pytest.mark.slow)])
 def test_codes_by_lookup(tmp_path, step):
-    """Every code changes once: 127 times for positive signed quotients, 254 and from zero for unsigned ones."""
+    """From 0 to 1, a signed quotient's code changes 128 times, an unsigned one's 255 times: from zero, too."""
     source, program = tmp_path / "codes.cpp", tmp_path / "codes"
     source.write_text(PROGRAM)
     flags = ["-O2", "-std=c++17", "-ffp-contract=off", "-DFASTLLM_CUDA_EMULATION", "-Wno-unknown-pragmas"]

@@ -60,7 +60,7 @@ def test_8_bit_moments_are_decoded_and_coded_by_lookup(kernels):
     for name, kernel in named(kernels, r"adamw_step_kernel<\w+, \w+, Code>").items():
         lookups = sum(kernel.widths("LDS").values())
         assert lookups >= 8 * 4, f"{name}: {lookups}"
-        assert kernel.shared <= 32 << 10, f"{name}: {kernel.shared}: three blocks must fit a multiprocessor of 100 KB"
+        assert kernel.has("LDGSTS"), f"{name}: the tables are copied while a block looks for its tensor"
 
 
 PACKED = "<(float, 4|__nv_bfloat16, 8|__half, 8), "

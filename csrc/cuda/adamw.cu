@@ -107,9 +107,9 @@ __global__ void __launch_bounds__(kThreads, 3) adamw_step_kernel(const __grid_co
   if (factors.skip != 0.0f) {
     return;
   }
-  __shared__ std::conditional_t<kCodes, Codes, NoCodes> codes;
+  auto& codes = *static_cast<std::conditional_t<kCodes, Codes, NoCodes>*>(shared_bytes());
   if constexpr (kCodes) {
-    copy_codes(codes, header.codes);
+    start_copying_codes(codes, header.codes);
   }
   const int32_t chunk = blockIdx.x;
   const Entry& e = launch.entries[find_entry(launch.entries, header.count, chunk)];
@@ -117,6 +117,9 @@ __global__ void __launch_bounds__(kThreads, 3) adamw_step_kernel(const __grid_co
   const bool has_master = kHalf && e.master != nullptr, amsgrad = !kCodes && e.max_exp_avg_sq != nullptr;
   const int64_t first = static_cast<int64_t>(chunk - e.first_chunk) * header.chunk;
   const int64_t end = first + header.chunk < e.numel ? first + header.chunk : e.numel;
+  if constexpr (kCodes) {
+    wait_for_codes();
+  }
   for (int64_t block = first + threadIdx.x / kWarp * kAdamwBlock; block < end; block += kStride) {
     const int64_t offset = block + threadIdx.x % kWarp * kPack, rest = e.numel - offset;
     const bool whole = block + kAdamwBlock <= e.numel, fast = whole && e.aligned == kAll;
@@ -385,7 +388,8 @@ void launch_adamw_step(
   int64_t total = 0;
   const auto flush = [&] {
     if (total > 0) {
-      launch(kernel, dim3(static_cast<unsigned>(total)), dim3(kThreads), stream, args);
+      const int shared = types.quantized ? sizeof(Codes) : 0;
+      launch_shared(kernel, dim3(static_cast<unsigned>(total)), dim3(kThreads), shared, stream, args);
     }
     args.header.count = 0;
     total = 0;

@@ -21,8 +21,9 @@ struct Cells {
   // 2^-24 or 2^-21: what is smaller has the code of the first cell.
   static constexpr uint32_t kLowest = kSigned ? 0x33800000u : 0x35000000u;
   static constexpr uint32_t kCells = ((kOneBits - kLowest) >> kShift) + 1;
-  static constexpr uint32_t kWords = kSigned ? 2 * kCells : kCells + 1;  // negative numbers', or zero's behind them
-  static constexpr uint32_t kUnit = 1u << (24 - kShift);                 // moves the bits of a place in a cell to 24
+  // Behind the cells, those of negative quotients, or zero's.
+  static constexpr uint32_t kWords = kSigned ? 2 * kCells : kCells + 1;
+  static constexpr uint32_t kUnit = 1u << (24 - kShift);  // moves the bits of a place in a cell to 24
 };
 
 __device__ __forceinline__ float identity(float x) {
@@ -38,9 +39,10 @@ __device__ inline uint32_t cell_word(uint32_t i) {
   const bool negative = i >= C::kCells;
   const auto code_of = [&](uint32_t bits) {
     // Negative quotients that have code 0 are looked up as positive ones.
-    bits |= negative ? (bits < kSmallestBits ? kSmallestBits : bits) | 0x80000000u : 0u;
-    const float x = bits_as<float>(bits);
-    return adamw_encode<Ops, kSigned, true>(x, 1.0f, identity);
+    if (negative) {
+      bits = (bits < kSmallestBits ? kSmallestBits : bits) | 0x80000000u;
+    }
+    return adamw_encode<Ops, kSigned, true>(bits_as<float>(bits), 1.0f, identity);
   };
   const uint32_t start = C::kLowest + ((negative ? i - C::kCells : i) << C::kShift);
   const uint32_t code = code_of(start);
@@ -62,6 +64,7 @@ struct alignas(16) Codes {
 };
 constexpr uint32_t kCodesWords = sizeof(Codes) / 4;
 static_assert(kCodesWords == kAdamwCodesWords && kCodesWords % 4 == 0);
+static_assert(sizeof(Codes) <= 31 << 10, "three blocks, and 1 KB more each, must fit into the 100 KB of some chips");
 
 __device__ inline uint32_t codes_word(uint32_t i) {
   if (i < Cells<true>::kWords) {
@@ -75,18 +78,21 @@ __device__ inline uint32_t codes_word(uint32_t i) {
   return bits_as<uint32_t>(i < 256 ? adamw_decode<Ops, true>(i, 1.0f) : adamw_decode<Ops, false>(i - 256, 1.0f));
 }
 
-// All threads of a block must call this.
-__device__ __forceinline__ void copy_codes(Codes& to, const uint32_t* from) {
+// Starts to copy them. All threads of a block must call both, the second before the first lookup.
+__device__ __forceinline__ void start_copying_codes(Codes& to, const uint32_t* from) {
   using Four = Raw<float>::Words;
-#pragma unroll 1
   for (uint32_t i = threadIdx.x; i < kCodesWords / 4; i += kThreads) {
-    reinterpret_cast<Four*>(&to)[i] = reinterpret_cast<const Four*>(from)[i];
+    copy_async(reinterpret_cast<Four*>(&to) + i, reinterpret_cast<const Four*>(from) + i);
   }
+  end_group_of_copies();
+}
+__device__ __forceinline__ void wait_for_codes() {
+  wait_for_copies<0>();
   __syncthreads();
 }
 
 // A word with the code of x in its upper 8 bits. y: its quotient by the scale, at most 1 in magnitude, or NaN where the
-// scale is 0. It must be exact from 1e-7 on; below, its size does not matter.
+// scale is 0. It must be exact from 1e-7 on; below, its size does not matter. Without a sign, x must not be negative.
 template <bool kSigned>
 __device__ __forceinline__ uint32_t code_word(const Codes& codes, float x, float y) {
   using C = Cells<kSigned>;

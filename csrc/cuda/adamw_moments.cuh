@@ -4,20 +4,21 @@
 #include "adamw_codes.cuh"
 #include "exact.cuh"
 
+#include <algorithm>
+
 namespace fastllm {
 
 namespace {
 
 constexpr uint32_t kInfinity = 0x7f800000u;  // its bits
 
-// The larger magnitude, or NaN if one is.
-__device__ __forceinline__ float larger_magnitude(float a, float b) {
+// The larger of `so_far`, which is not negative, and the magnitude of x; NaN if one is.
+__device__ __forceinline__ float larger_magnitude(float x, float so_far) {
 #ifdef FASTLLM_CUDA_EMULATION
-  const uint32_t x = bits_as<uint32_t>(a) & 0x7fffffffu, y = bits_as<uint32_t>(b) & 0x7fffffffu;
-  return bits_as<float>(x > y ? x : y);
+  return bits_as<float>(std::max(bits_as<uint32_t>(x) & 0x7fffffffu, bits_as<uint32_t>(so_far)));
 #else
   float larger;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(fabsf(a)), "f"(fabsf(b)));
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(fabsf(x)), "f"(so_far));
   return larger;
 #endif
 }

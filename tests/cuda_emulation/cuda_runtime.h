@@ -76,13 +76,12 @@ inline uint32_t __reduce_max_sync(unsigned mask, uint32_t value) {
   return value;
 }
 
+// Without the selectors from 8 on, which spread a sign.
 inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selectors) {
   const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
   uint32_t result = 0;
   for (int i = 0; i < 4; ++i) {
-    const uint32_t selector = selectors >> 4 * i & 0xf;
-    const uint32_t byte = bytes >> 8 * (selector & 7) & 0xff;
-    result |= (selector < 8 ? byte : byte < 0x80 ? 0u : 0xffu) << 8 * i;
+    result |= static_cast<uint32_t>(bytes >> 8 * (selectors >> 4 * i & 7) & 0xff) << 8 * i;
   }
   return result;
 }

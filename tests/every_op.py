@@ -101,6 +101,8 @@ NORM_SIZES: dict[str, tuple] = {
     "warp a row": (20_000, 128),
     "16 a lane": (65, 512),
     "32 a lane": (65, 1024),  # in float32, and in the backward: two warps
+    "32 a lane, partly": (65, 768),
+    "16 a thread, filled": (70, 1536),  # 32 would leave a quarter of the threads without work
     "block a row": (5000, 2048),  # at most 4 blocks of 4 rows on each multiprocessor: several rows a block again
     "block, 32 a thread": (70, 8192),  # backward: 16 a thread
     "block, longest": (70, 16384),  # backward: 32 a thread in 16 bits, loops in float32

@@ -189,6 +189,8 @@ PATHS: dict[str, tuple] = {
     "warp a row": (WARPS, (32, 16)),
     "16 a lane": (WARPS, ONE_WARP),
     "32 a lane": ((64, 1), (64, 1), WARPS, (64, 1)),
+    "32 a lane, partly": ((64, 1), (64, 1), WARPS, (64, 1)),
+    "16 a thread, filled": ((96, 1), (96, 1)),
     "block a row": ((128, 1), (128, 4), (64, 1), (128, 4)),
     "block, 32 a thread": ((512, 1), (512, 1), (256, 1), (512, 1)),
     "block, longest": ((512, 1), LOOPS, (512, 1), (512, 1)),

@@ -82,6 +82,16 @@ def test_a_thousand_threads_of_the_forward_of_norms_fit_a_multiprocessor(kernels
             assert kernel.registers <= 64, f"{name}: {kernel.registers}"
 
 
+def test_rows_that_fill_their_threads_take_fewer_instructions(kernels):
+    """Both passes over the centered row compute it once, where no branch lies between."""
+    for dtype, elements in (("__nv_bfloat16, 8, 4", 32), ("__nv_bfloat16, 8, 2", 16), ("float, 4, 4", 16)):
+        partly, whole = (
+            kernels[f"norm_fwd_registers<{dtype}, true, {whole}>"].main_loop() for whole in ("false", "true")
+        )
+        fewer = partly.count("FADD") - whole.count("FADD")
+        assert fewer >= elements, f"{dtype}: {fewer}"
+
+
 def test_the_backward_of_norms_fetches_ahead(kernels):
     for name, kernel in named(kernels, f"norm_bwd_registers{PACKED}").items():
         assert kernel.has("LDGSTS"), name

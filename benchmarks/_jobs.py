@@ -271,13 +271,14 @@ def time_candidates(job: Job) -> dict[str, Any]:
     timed runs once, at a small size."""
     import statistics
 
-    from fastllm import _ext
+    from fastllm import _ext, use_backend
 
     rounds, times = 5, {}
     run = _cuda_call(job)
     if job["device"] == "cpu":
         run()
         return {"milliseconds": {}}
+    run = use_backend("cuda")(run)  # or an error: what falls back has no candidates
     from triton.testing import do_bench
 
     count = _ext._cuda_candidate(job["kernel"], 0)
@@ -298,7 +299,7 @@ def time_candidates(job: Job) -> dict[str, Any]:
 
 
 def _cuda_call(job: Job) -> Callable[[], Any]:
-    """One launch of the kernel, on tensors of the job's shape and dtype; small ones without a GPU."""
+    """A call that launches the kernel, on tensors of the job's shape and dtype; small ones without a GPU."""
     import torch
 
     from fastllm.backends import OPS

@@ -102,6 +102,7 @@ NORM_SIZES: dict[str, tuple] = {
     "16 a lane": (65, 512),
     "32 a lane": (65, 1024),  # in float32, and in the backward: two warps
     "32 a lane, partly": (65, 768),
+    "32 a thread, partly": (70, 6656),  # more than the threads that 16 each may have
     "16 a thread, filled": (70, 1536),  # 32 would leave a quarter of the threads without work
     "block a row": (5000, 2048),  # at most 4 blocks of 4 rows on each multiprocessor: several rows a block again
     "block, 32 a thread": (70, 8192),  # backward: 16 a thread

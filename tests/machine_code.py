@@ -81,7 +81,7 @@ class Kernel:
         found = Counter()
         for each in self.code:
             first, *modifiers = each.name.split(".")
-            if first == name:
+            if first == name and not each.operands.startswith("RZ"):  # what is loaded for nothing orders other accesses
                 found[next((int(m.lstrip("US")) for m in modifiers if re.fullmatch(r"[US]?(8|16|64|128)", m)), 32)] += 1
         return dict(sorted(found.items()))
 

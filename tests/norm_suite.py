@@ -90,6 +90,15 @@ class NormSuite:
                 self.check(self.args((rows, width), dtype, device=device))
 
     @pytest.mark.parametrize("binding", bindings.NAMES)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_multiples_of_256(self, binding, dtype):
+        """Rows that fill the threads of a GPU, with parameters of their own type, and their neighbours."""
+        with bindings.bound(binding) as device:
+            for width in (256, 512, 768, 1024, 1536, 2048, 2560, 3584, 4096, 4608, 6656, 7680, 8192, 16384):
+                self.check(self.args((5, width), dtype, dtype, device=device))
+            self.check(self.args((5, 4096), dtype, None, device=device))
+
+    @pytest.mark.parametrize("binding", bindings.NAMES)
     @pytest.mark.parametrize("rows", ODD_SIZES)
     def test_row_counts(self, binding, rows):
         with bindings.bound(binding) as device:

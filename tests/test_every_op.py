@@ -190,6 +190,7 @@ PATHS: dict[str, tuple] = {
     "16 a lane": (WARPS, ONE_WARP),
     "32 a lane": ((64, 1), (64, 1), WARPS, (64, 1)),
     "32 a lane, partly": ((64, 1), (64, 1), WARPS, (64, 1)),
+    "32 a thread, partly": ((416, 1), (416, 1), (224, 1), (416, 1)),
     "16 a thread, filled": ((96, 1), (96, 1)),
     "block a row": ((128, 1), (128, 4), (64, 1), (128, 4)),
     "block, 32 a thread": ((512, 1), (512, 1), (256, 1), (512, 1)),

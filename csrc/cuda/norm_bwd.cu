@@ -114,10 +114,11 @@ struct Staged {
   }
 
   // Asks for a row's packs from `col` on, `step` elements apart.
+  template <bool kWhole>
   __device__ __forceinline__ void fetch(int which, const T* row, int col, int step, int n) const {
 #pragma unroll
     for (int p = 0; p < kPacks; ++p) {
-      if (col + p * step < n) {
+      if (kWhole || col + p * step < n) {
         copy_async(at(which, p), reinterpret_cast<const Packed<T, kVec>*>(row + col + p * step));
       }
     }
@@ -169,9 +170,14 @@ __device__ __forceinline__ void store_parts(float* parts, int n, const float (&v
   }
 }
 
-template <class T, int kVec, int kPacks, bool kCentered>
+// kPlain: all packs of a thread are of its row, and there is a weight of type T.
+template <class T, int kVec, int kPacks, bool kCentered, bool kPlain>
 __global__ void __launch_bounds__(kMaxThreads, 1)
     norm_bwd_registers(NormBwd a, float inverse_n, float* dweight, float* dbias) {
+  if constexpr (kPlain) {
+    __builtin_assume(a.weight != nullptr);
+    __builtin_assume(a.weight_is_float == (sizeof(T) == 4));
+  }
   constexpr int kColumns = kVec * kPacks;
   using Here = Place<kColumns>;
   using Row = typename Here::Row;
@@ -187,8 +193,9 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   float (*const own)[2] = statistics[Here::thread() / kWarp];
   const auto fetch_inputs = [&](Row row, int which) {
     if (row < rows) {
-      staged.fetch(Rows::kX + which, static_cast<const T*>(a.x) + static_cast<int64_t>(row) * a.x_stride, col, step, n);
-      staged.fetch(
+      staged.template fetch<kPlain>(
+          Rows::kX + which, static_cast<const T*>(a.x) + static_cast<int64_t>(row) * a.x_stride, col, step, n);
+      staged.template fetch<kPlain>(
           Rows::kDy + which, static_cast<const T*>(a.dy) + static_cast<int64_t>(row) * a.dy_stride, col, step, n);
       if (threadIdx.x % kWarp == 0) {
         if constexpr (kCentered) {
@@ -201,7 +208,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   };
   const auto fetch_dsum = [&](Row row) {
     if (a.dsum != nullptr && row < rows) {
-      staged.fetch(
+      staged.template fetch<kPlain>(
           Rows::kDsum, static_cast<const T*>(a.dsum) + static_cast<int64_t>(row) * a.dsum_stride, col, step, n);
     }
     end_group_of_copies();
@@ -219,14 +226,16 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   // As often for all threads of a block, which meet in row_sum: the last rows of some may not exist.
   for (Row block = first; block < rows; block += rows_apart) {
     const Row row = block + Here::row();
-    const int end = Here::kOneRow || row < rows ? n : 0;  // of the columns
+    const bool exists = Here::kOneRow || row < rows;
+    const int end = exists ? n : 0;  // of the columns
+    const auto inside = [&](int p) { return kPlain ? exists : col + p * step < end; };
     const int which = Rows::kAhead == 2 ? parity : 0;
     wait_for_copies<Rows::kAhead>();  // of x, dy and the statistics
     __syncwarp();
     Packed<T, kVec> x[kPacks], dy[kPacks];
 #pragma unroll
     for (int p = 0; p < kPacks; ++p) {
-      if (col + p * step < end) {
+      if (inside(p)) {
         x[p] = *staged.at(Rows::kX + which, p);
         dy[p] = *staged.at(Rows::kDy + which, p);
       }
@@ -237,7 +246,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     float sums[kSums<kCentered>] = {};
 #pragma unroll
     for (int p = 0; p < kPacks; ++p) {
-      if (col + p * step < end) {
+      if (inside(p)) {
         const auto add_columns = [&](int i, float dy, float xhat) {
           dw[p * kVec + i] += dy * xhat;
           if constexpr (kCentered) {
@@ -261,7 +270,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     }
 #pragma unroll
     for (int p = 0; p < kPacks; ++p) {
-      if (col + p * step < end) {
+      if (inside(p)) {
         const T* const dsum = a.dsum == nullptr ? nullptr : reinterpret_cast<const T*>(staged.at(Rows::kDsum, p));
         store_dx<T, kVec, kCentered>(a, row, col + p * step, x[p], dy[p], dsum, mean, rstd, sums);
       }
@@ -402,12 +411,10 @@ struct Plan {
   dim3 block;
 };
 
-template <class T, int kVec, int kPacks, bool kCentered>
-Plan plan_registers(const NormBwd& a) {
-  constexpr auto kKernel = norm_bwd_registers<T, kVec, kPacks, kCentered>;
+template <class T, int kVec, int kPacks, bool kCentered, bool kPlain>
+Plan plan_threads(const NormBwd& a, int threads) {
+  constexpr auto kKernel = norm_bwd_registers<T, kVec, kPacks, kCentered, kPlain>;
   constexpr int kBytes = Staged<T, kVec, kPacks>::kBytes;
-  const int threads =
-      Place<kVec * kPacks>::kOneRow ? kMaxThreads : warps_for(ceil_div(a.n, static_cast<int64_t>(kVec) * kPacks));
   // As many rows as a block has the threads for, so that there are few rows of partial sums; but work for all.
   const int most = kNormBwdThreads[candidate(Tuned::kNormBwd)];
   const int64_t rows = at_most(a.rows / multiprocessors(), most / threads);
@@ -418,6 +425,18 @@ Plan plan_registers(const NormBwd& a) {
       nullptr,
       nullptr,
       dim3(threads, rows < 1 ? 1 : rows)};
+}
+
+template <class T, int kVec, int kPacks, bool kCentered>
+Plan plan_registers(const NormBwd& a) {
+  constexpr int64_t kColumns = kVec * kPacks;
+  const int threads = Place<kColumns>::kOneRow ? kMaxThreads : warps_for(ceil_div(a.n, kColumns));
+  if constexpr (kVec > 1 && !Place<kColumns>::kOneRow) {  // of 32 columns a thread it spills
+    if (a.n == threads * kColumns && a.weight != nullptr && a.weight_is_float == (sizeof(T) == 4)) {
+      return plan_threads<T, kVec, kPacks, kCentered, true>(a, threads);
+    }
+  }
+  return plan_threads<T, kVec, kPacks, kCentered, false>(a, threads);
 }
 
 template <class T, bool kCentered>

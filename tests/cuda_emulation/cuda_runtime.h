@@ -19,6 +19,7 @@
 #define __forceinline__ inline
 #define __grid_constant__
 #define __launch_bounds__(...)
+#define __builtin_assume(condition) emulation::assume(condition)
 #define __shared__ static  // blocks run one after the other
 
 struct dim3 {
@@ -40,6 +41,7 @@ uint32_t shuffle_xor(unsigned mask, uint32_t value, int lane_mask);
 void copy_later(void* to, const void* from, size_t bytes);
 void end_group_of_copies();
 void wait_for_copies(size_t groups);
+void assume(bool condition);  // an error if it is false
 void run(dim3 grid, dim3 block, int bytes, const std::function<void()>& kernel);
 void note(const char* launcher, dim3 grid, dim3 block);
 

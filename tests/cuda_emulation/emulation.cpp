@@ -125,6 +125,13 @@ uint32_t shuffle_xor(unsigned mask, uint32_t value, int lane_mask) {
   return warp.values[buffer][lane ^ lane_mask];
 }
 
+void assume(bool condition) {
+  if (!condition) {
+    error = "what the compiler was told does not hold";
+    yield();
+  }
+}
+
 void copy_later(void* to, const void* from, size_t bytes) {
   memset(to, 0xff, bytes);
   fibers[current].copies.back().push_back({to, from, bytes});

@@ -115,7 +115,8 @@ class Kernel:
 def read(path: str | Path, arch: str = "sm_90") -> dict[str, Kernel]:
     """The kernels of a library or a cubin, by their names as C++ writes them (without arguments), or Triton's."""
     tool = find_tool()
-    assert tool is not None, "no cuobjdump: install triton"
+    if tool is None:
+        raise SystemExit("no cuobjdump: install triton, or run this by .venv/bin/python")
     usage, code = (
         subprocess.run([tool, "-arch", arch, option, path], capture_output=True, text=True, check=True).stdout
         for option in ("-res-usage", "-sass")
@@ -152,7 +153,13 @@ def main() -> None:
     args = parser.parse_args()
     if not Path(args.file).exists():
         parser.error(f"there is no {args.file}")
-    for name, kernel in read(args.file).items():
+    try:
+        kernels = read(args.file)
+    except subprocess.CalledProcessError:
+        parser.error(f"{args.file} holds no machine code for sm_90")
+    if not any(re.search(args.pattern, name) for name in kernels):
+        parser.error(f"no kernel's name has {args.pattern!r}")
+    for name, kernel in kernels.items():
         if re.search(args.pattern, name):
             widths = ", ".join(f"{each} {kernel.widths(each)}" for each in ("LDG", "STG") if kernel.has(each))
             print(

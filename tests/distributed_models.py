@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 
 from fastllm import nn
 from fastllm.models import GPT, GPTConfig
-from fastllm.models.gpt import Block
+from fastllm.models.layers import Block
 
 WORLD = 2
 SIZE = {"vocab_size": 65, "context": 12, "layers": 2, "heads": 2, "width": 32}

@@ -9,15 +9,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastllm.models import GPT, GPTConfig, KVCache, sample_token
-from fastllm.models.gpt import rotary_tables, rotate
+from fastllm.models import GPT, GPTConfig, KVCache, sample_token, torch_ops
+from fastllm.models.layers import rotary_tables
 
 SMALL = {"vocab_size": 61, "context": 24, "layers": 3, "heads": 4, "width": 32}
 ARCHITECTURES = {
     "gpt2": GPTConfig.gpt2(**SMALL),
     "llama": GPTConfig.llama(**SMALL, kv_heads=2),
     "qk_norm": GPTConfig.llama(**SMALL, kv_heads=1, qk_norm=True, tie_embeddings=True),
-    "mixed": GPTConfig(**SMALL, norm="rms_norm", mlp="swiglu", bias=False),
+    "mixed": GPTConfig(**SMALL, norm="rms_norm", mlp="swiglu", bias=False, position="sinusoidal"),
+    "window": GPTConfig.llama(**SMALL, kv_heads=2, head_size=6, window=5, softcap=2.0, sinks=True, mlp="geglu"),
+    "relu": GPTConfig.gpt2(**SMALL, mlp="relu", window=7),
 }
 
 
@@ -51,6 +53,12 @@ def tokens(rows: int = 2, length: int = 24, seed: int = 1) -> torch.Tensor:
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ({"norm": "batch_norm"}, "norm must be one of .*, got 'batch_norm'"),
         ({"position": "alibi"}, "position must be one of .*, got 'alibi'"),
+        ({"position": "relative"}, "position='relative' is for other models"),
+        ({"norm_first": False}, "norm_first=False is for other models"),
+        ({"position": "sinusoidal", "width": 33, "heads": 3}, "sinusoidal positions need an even width, got 33"),
+        ({"window": 0}, "window must be a positive int, got 0"),
+        ({"softcap": math.inf}, "softcap must be finite and not negative, got inf"),
+        ({"head_size": 0}, "head_dim must be a positive int, got 0"),
         ({"position": "rotary", "width": 12}, "rotary positions need an even width / heads, got 3"),
         ({"norm_eps": 0.0}, "norm_eps must be positive, got 0.0"),
     ],
@@ -68,6 +76,27 @@ def test_config_from_dict_rejects_unknown_fields():
 def test_gpt2_has_gpt2s_number_of_parameters():
     with torch.device("meta"):
         assert GPT(GPTConfig.gpt2()).num_parameters() == 124_439_808
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [("gpt2-124m", 124.4), ("gpt2-355m", 354.8), ("gpt2-774m", 774.0), ("gpt2-1558m", 1557.6), ("llama-160m", 162.4)],
+)
+def test_presets_have_the_sizes_of_their_names(name, millions):
+    with torch.device("meta"):
+        model = GPT(GPTConfig.preset(name))
+    assert model.num_parameters() / 1e6 == pytest.approx(millions, abs=0.1)
+    with pytest.raises(ValueError, match="there is no preset 'gpt3', only gpt2-124m"):
+        GPTConfig.preset("gpt3")
+
+
+def test_a_window_is_so_many_positions():
+    model = make(GPTConfig.llama(**{**SMALL, "layers": 1}, window=5))
+    before = tokens()
+    for distance, seen in ((4, True), (5, False)):
+        after = before.clone()
+        after[:, 20 - distance] = (after[:, 20 - distance] + 1) % 61
+        assert torch.equal(model(before)[:, 20], model(after)[:, 20]) != seen
 
 
 def test_initial_scale():
@@ -113,14 +142,15 @@ def test_rotate_is_a_complex_product():
             turn = complex(math.cos(position * 10000 ** (-2 * i / 8)), math.sin(position * 10000 ** (-2 * i / 8)))
             turned = torch.complex(x[:, :, position, i], x[:, :, position, i + 4]) * turn
             expected[:, :, position, i], expected[:, :, position, i + 4] = turned.real, turned.imag
-    torch.testing.assert_close(rotate(x, cos, sin), expected, rtol=0, atol=1e-5)
+    turned, _ = torch_ops.rotary(x, x, cos, sin)
+    torch.testing.assert_close(turned, expected, rtol=0, atol=1e-5)
 
 
 def test_rotary_scores_depend_on_distance_only():
     cos, sin = rotary_tables(GPTConfig.llama(**SMALL))
     q, k = torch.randn(8), torch.randn(8)
-    q_TD, k_TD = rotate(q.expand(24, 8), cos, sin), rotate(k.expand(24, 8), cos, sin)
-    scores = q_TD @ k_TD.T
+    q_HTD, k_HTD = torch_ops.rotary(q.expand(1, 24, 8), k.expand(1, 24, 8), cos, sin)
+    scores = q_HTD[0] @ k_HTD[0].T
     torch.testing.assert_close(scores[5:, 5:], scores[:-5, :-5])
     assert (scores[0, 1] - scores[0, 9]).abs() > 1e-3
 
@@ -172,7 +202,12 @@ def test_compiles_without_graph_breaks(config):
 
 
 @pytest.mark.parametrize(
-    ("shape", "message"), [((24,), r"shape \(B, T\), got \(24,\)"), ((1, 25), "25 positions do not fit .* of 24")]
+    ("shape", "message"),
+    [
+        ((24,), r"shape \(B, T\), not empty, got \(24,\)"),
+        ((2, 0), r"not empty, got \(2, 0\)"),
+        ((1, 25), "25 positions do not fit .* of 24"),
+    ],
 )
 def test_forward_rejects(shape, message):
     with pytest.raises(ValueError, match=message):

@@ -15,10 +15,11 @@ def count_parameters(config: GPTConfig) -> int:
     """How many parameters a `GPT` of this shape has; builds nothing."""
     width, bias = config.width, config.bias
     norm = 2 if config.norm == "layer_norm" and bias else 1
-    kv_width = 2 * config.num_kv_heads * config.head_dim
-    up = config.mlp_width * (2 if config.mlp == "swiglu" else 1)
-    block = 2 * width * norm + width * (width + kv_width) + width * width + width * (up + config.mlp_width)
-    block += (width + kv_width + width + up + width) * bias + 2 * config.head_dim * norm * config.qk_norm
+    inner, kv_width = config.heads * config.head_dim, 2 * config.num_kv_heads * config.head_dim
+    up = config.mlp_width * (2 if config.gated else 1)
+    block = 2 * width * norm + width * (inner + kv_width) + inner * width + width * (up + config.mlp_width)
+    block += (inner + kv_width + width + up + width) * bias + 2 * config.head_dim * norm * config.qk_norm
+    block += config.heads * config.sinks
     embeddings = config.vocab_size * (1 if config.tie_embeddings else 2)
     embeddings += config.context if config.position == "learned" else 0
     return embeddings * width + config.layers * block + width * norm

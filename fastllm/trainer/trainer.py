@@ -19,7 +19,7 @@ from torch import Tensor
 from fastllm._extras import require
 from fastllm.data import Dataset, SequentialWindows, decode, encode
 from fastllm.models import GPT
-from fastllm.models.gpt import IGNORE
+from fastllm.models.layers import IGNORE
 from fastllm.optim import AdamW
 from fastllm.trainer import checkpoint
 from fastllm.trainer._files import reading, writing

@@ -1,0 +1,395 @@
+"""BERT, a bidirectional encoder, its pre-training and its heads (Devlin et al., 2018).
+
+Letters in names of tensors as in `fastllm.models.layers`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastllm.models.config import ModelConfig
+from fastllm.models.layers import (
+    IGNORE,
+    Block,
+    Embedding,
+    Scope,
+    add_positions,
+    check_ids,
+    check_tokens,
+    init_weights,
+    logits_or_loss,
+    make_norm,
+    make_positions,
+    ops_of,
+    rotary_at,
+    run_blocks,
+)
+from fastllm.models.layout import Layout
+from fastllm.tracing import host_values
+
+HEADS = ("mlm", "pretraining", "classification", "tokens", "span")
+PRESETS: dict[str, dict[str, Any]] = {
+    "bert-base": {},
+    "bert-large": {"layers": 24, "heads": 16, "width": 1024},
+    "bert-small": {"layers": 4, "heads": 8, "width": 512},
+    "bert-mini": {"layers": 4, "heads": 4, "width": 256},
+    "bert-tiny": {"layers": 2, "heads": 2, "width": 128},
+}
+"""Fields of BertConfig by name: BERT's two sizes, and three of the smaller ones of Turc et al., 2019."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BertConfig(ModelConfig):
+    """The shape of a `Bert`. The defaults are the base size's (110 million parameters).
+
+    Attributes, beside those of `ModelConfig`:
+        token_types: how many kinds of segments there are; 0 for none.
+        pad_token: what fills rows up, where `forward` is given no mask; None where nothing does.
+        pooler: whether the first position's output goes through a linear layer and tanh before classification.
+        head: "mlm" (masked tokens; its output layer is the embedding's weight), "pretraining" (that, and whether the
+            second sentence follows the first), "classification" (of the sequence), "tokens" (of each token), "span"
+            (start and end of an answer), or None for hidden states alone.
+        labels: classes of "classification" and "tokens".
+        head_dropout: before the classifier; None means `dropout`.
+
+    Raises:
+        ValueError: for a value that does not fit, naming it.
+    """
+
+    vocab_size: int = 30522
+    context: int = 512
+    norm_first: bool = False
+    mlp: str = "gelu_erf"
+    dropout: float = 0.1
+    norm_eps: float = 1e-12
+    token_types: int = 2
+    pad_token: int | None = 0
+    pooler: bool = True
+    head: str | None = "mlm"
+    labels: int = 2
+    head_dropout: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_positive("labels")
+        self._check_token("pad_token")
+        if self.head is not None and self.head not in HEADS:
+            raise ValueError(f"BertConfig: head must be one of {HEADS} or None, got {self.head!r}")
+        if self.token_types < 0:
+            raise ValueError(f"BertConfig: token_types must not be negative, got {self.token_types}")
+        if self.head_dropout is not None and not 0 <= self.head_dropout < 1:
+            raise ValueError(f"BertConfig: head_dropout must be in [0, 1), got {self.head_dropout}")
+        if self.position == "relative":
+            raise ValueError("BertConfig: position='relative' is for encoder-decoder models")
+        if self.head in ("pretraining", "classification") and not self.pooler:
+            raise ValueError(f"BertConfig: head={self.head!r} needs pooler=True")
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> BertConfig:
+        """One of `PRESETS`; `changes` are fields.
+
+        Raises:
+            ValueError: for another name.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"BertConfig: there is no preset {name!r}, only {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name], **changes})
+
+
+class MaskedHead(nn.Module):
+    """Masked tokens' logits from hidden states: a linear layer, GELU, a norm, the embedding's weight and a bias."""
+
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.config = config
+        self.dense = nn.Linear(config.width, config.width)
+        self.norm = make_norm(config, config.width)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, x: Tensor, embedding: nn.Module, targets: Tensor | None, reduction: str) -> Tensor:
+        x = self.norm(F.gelu(self.dense(x), approximate="tanh" if self.config.mlp == "gelu" else "none"))
+        return logits_or_loss(self.config, embedding, x, targets, bias=self.bias, reduction=reduction)
+
+
+class Pooler(nn.Module):
+    """tanh(linear(the first position's output))."""
+
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.width, config.width)
+
+    def forward(self, first_BC: Tensor) -> Tensor:
+        return torch.tanh(self.dense(first_BC))
+
+
+class Bert(nn.Module):
+    """BERT with one of its heads. On fastllm's ops, what pads the rows is left out: attention runs over packed
+    sequences, everything else over tokens alone."""
+
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = Embedding(config.vocab_size, config.width)
+        self.token_types = Embedding(config.token_types, config.width) if config.token_types else None
+        self.positions, self.tables = make_positions(config)
+        self.embedding_norm = make_norm(config, config.width)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, layer, causal=False) for layer in range(config.layers))
+        self.norm = make_norm(config, config.width) if config.norm_first else None
+        self.pooler = Pooler(config) if config.pooler else None
+        head = config.head
+        self.masked_head = MaskedHead(config) if head in ("mlm", "pretraining") else None
+        self.next_head = nn.Linear(config.width, 2) if head == "pretraining" else None
+        width = {"classification": config.labels, "tokens": config.labels, "span": 2}.get(head or "")
+        self.head = nn.Linear(config.width, width) if width else None
+        self.head_dropout = nn.Dropout(config.dropout if config.head_dropout is None else config.head_dropout)
+        init_weights(self, 1 if not config.norm_first else config.layers)
+
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def layout(self, tokens_BT: Tensor, mask_BT: Tensor | None = None) -> Layout | None:
+        """Where the tokens lie among the padding: `mask_BT` (True for a token), or what is not `pad_token`. None where
+        nothing is padding.
+
+        Raises:
+            ValueError: for what `forward` says of tokens and masks.
+        """
+        check_tokens("Bert", tokens_BT, self.config.vocab_size, self.config.context)
+        if mask_BT is None:
+            if self.config.pad_token is None:
+                return None
+            mask_BT = tokens_BT != self.config.pad_token
+        if mask_BT.shape != tokens_BT.shape:
+            raise ValueError(f"Bert: mask has shape {tuple(mask_BT.shape)}, tokens {tuple(tokens_BT.shape)}")
+        return Layout.of_padded("Bert", mask_BT.bool(), packed=self.config.ops == "fastllm")
+
+    def hidden(self, tokens_BT: Tensor, types_BT: Tensor | None = None, layout: Layout | None = None) -> Tensor:
+        """The last hidden states, (B, T, C), or where `layout` leaves padding out (1, N, C)."""
+        config = self.config
+        if types_BT is not None and types_BT.shape != tokens_BT.shape:
+            raise ValueError(f"Bert: types have shape {tuple(types_BT.shape)}, tokens {tuple(tokens_BT.shape)}")
+        at: Tensor | slice = slice(0, tokens_BT.shape[1])
+        if layout is not None:
+            tokens_BT, at = layout.pack(tokens_BT), layout.positions
+            types_BT = None if types_BT is None else layout.pack(types_BT)
+        x_BTC = self.embedding(tokens_BT)
+        if self.token_types is not None:
+            types_BT = torch.zeros_like(tokens_BT) if types_BT is None else types_BT
+            if (seen := host_values(types_BT)) is not None and (seen.min() < 0 or seen.max() >= config.token_types):
+                raise ValueError(f"Bert: token types must be in [0, {config.token_types}), got {int(seen.max())}")
+            x_BTC = x_BTC + self.token_types(types_BT)
+        x_BTC = self.dropout(self.embedding_norm(add_positions(x_BTC, at, self.positions, self.tables)))
+        dropout = config.dropout if self.training else 0.0
+        return run_blocks(self.blocks, self.norm, x_BTC, Scope(layout, rotary_at(at, self.tables)), dropout)
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        targets: Any = None,
+        *,
+        types_BT: Tensor | None = None,
+        mask_BT: Tensor | None = None,
+        reduction: str = "mean",
+        layout: Layout | None = None,
+    ) -> Any:
+        """What the head gives, or its loss where targets are given.
+
+        Args:
+            tokens_BT: (B, T) integers, T at most `config.context`.
+            targets: for "mlm" and "tokens" (B, T), -100 where a position takes no part; for "classification" (B,); for
+                "span" (B, 2), the first and the last position of the answer; for "pretraining" a pair, (B, T) and (B,),
+                1 where the second sentence does not follow the first. int64.
+            types_BT: (B, T), which segment a token belongs to; zeros unless given.
+            mask_BT: (B, T), true for a token, false for padding; unless given, padding is `config.pad_token`.
+            reduction: "mean" over the valid targets or "sum".
+            layout: `self.layout(tokens_BT, mask_BT)`, which a compiled model cannot find by itself without leaving its
+                graph; found here unless given.
+
+        Returns:
+            Without targets: "mlm" (B, T, V), "tokens" (B, T, labels), "classification" (B, labels), "span" (B, 2, T),
+            "pretraining" (B, T, V) and (B, 2), no head (B, T, C). Logits of padding are 0, those of a span -inf. With
+            targets the cross-entropy in nats, a float32 scalar ("span": mean of both ends; "pretraining": the sum).
+
+        Raises:
+            ValueError: for shapes that do not fit, tokens outside the vocabulary (on the CPU), too many positions, and
+                rows that are all padding.
+        """
+        if layout is None:
+            layout = self.layout(tokens_BT, mask_BT)
+        x = self.hidden(tokens_BT, types_BT, layout)
+        head = self.config.head
+        if head == "mlm":
+            return self._masked(x, layout, targets, reduction)
+        if head == "pretraining":
+            masked, follows = (None, None) if targets is None else targets
+            logits = self._masked(x, layout, masked, reduction)
+            assert self.next_head is not None
+            next_logits_B2 = self.next_head(self._pooled(x, layout))
+            if targets is None:
+                return logits, next_logits_B2
+            return logits + self._loss(next_logits_B2, follows, reduction)
+        if self.head is None:
+            return x if layout is None else layout.unpack(x)
+        if head == "classification":
+            logits = self.head(self.head_dropout(self._pooled(x, layout)))
+            return logits if targets is None else self._loss(logits, targets, reduction)
+        logits = self.head(self.head_dropout(x))
+        if head == "tokens":
+            if targets is None:
+                return logits if layout is None else layout.unpack(logits)
+            return self._loss(logits, targets if layout is None else layout.pack(targets), reduction)
+        return self._span(logits, layout, targets, reduction)
+
+    def _masked(self, x: Tensor, layout: Layout | None, targets_BT: Tensor | None, reduction: str) -> Tensor:
+        assert self.masked_head is not None
+        if targets_BT is None:
+            logits = self.masked_head(x, self.embedding, None, reduction)
+            return logits if layout is None else layout.unpack(logits)
+        targets = targets_BT if layout is None else layout.pack(targets_BT)
+        if not torch.compiler.is_compiling():
+            # The head is the larger part of a small model, and one token in seven is masked.
+            chosen = (targets.flatten() != IGNORE).nonzero()[:, 0]
+            x, targets = x.flatten(0, 1).index_select(0, chosen), targets.flatten()[chosen]
+        return self.masked_head(x, self.embedding, targets, reduction)
+
+    def _pooled(self, x: Tensor, layout: Layout | None) -> Tensor:
+        """The pooler's output for each row's first token, (B, C)."""
+        assert self.pooler is not None
+        if layout is None or layout.cu_seqlens is None:
+            return self.pooler(x[:, 0])
+        return self.pooler(x[0].index_select(0, layout.cu_seqlens[:-1].long()))
+
+    def _loss(self, logits: Tensor, targets: Any, reduction: str) -> Tensor:
+        return ops_of(self.config).cross_entropy(
+            logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORE, reduction=reduction, dtype=torch.float32
+        )
+
+    def _span(self, logits: Tensor, layout: Layout | None, targets_B2: Tensor | None, reduction: str) -> Tensor:
+        if layout is not None:
+            logits = layout.unpack(logits, fill=-torch.inf)
+            if layout.mask is not None:
+                logits = logits.masked_fill(~layout.mask[:, 0, 0, :, None], -torch.inf)
+        logits_B2T = logits.mT
+        if targets_B2 is None:
+            return logits_B2T
+        # torch's: the largest finite logit of a row of kernels would be that of padding.
+        loss = F.cross_entropy(
+            logits_B2T.flatten(0, 1).float(), targets_B2.flatten(), ignore_index=IGNORE, reduction=reduction
+        )
+        return loss if reduction == "mean" else loss / 2
+
+    @torch.no_grad()
+    def vectors(self, tokens_BT: Tensor, *, pool: str | None = "mean", **inputs: Any) -> Tensor:
+        """Contextual vectors, without dropout.
+
+        Args:
+            tokens_BT, **inputs: as `forward`.
+            pool: "mean" over a row's tokens, "first" (the [CLS] position), or None for one vector a token.
+
+        Returns:
+            (B, C), or (B, T, C) with zeros for padding.
+        """
+        if pool not in ("mean", "first", None):
+            raise ValueError(f"Bert: pool must be 'mean', 'first' or None, got {pool!r}")
+        mask_BT: Any = inputs.get("mask_BT")
+        training = self.training
+        self.eval()
+        try:
+            layout = self.layout(tokens_BT, mask_BT)
+            x = self.hidden(tokens_BT, inputs.get("types_BT"), layout)
+        finally:
+            self.train(training)
+        if layout is None:
+            return x if pool is None else x.mean(1) if pool == "mean" else x[:, 0]
+        x_BTC = layout.unpack(x)
+        if layout.mask is not None:
+            x_BTC = x_BTC * layout.mask[:, 0, 0, :, None]
+        if pool is None:
+            return x_BTC
+        if mask_BT is None:
+            mask_BT = tokens_BT != self.config.pad_token
+        if pool == "mean":
+            return x_BTC.sum(1) / mask_BT.sum(1, keepdim=True)
+        return x_BTC[torch.arange(len(x_BTC), device=x_BTC.device), mask_BT.int().argmax(1)]
+
+    def with_head(self, head: str | None, **changes: Any) -> Bert:
+        """A model with a copy of this one's encoder and another head, whose weights are new: for fine-tuning.
+
+        Args:
+            head: as in `BertConfig`.
+            changes: other fields, such as labels and dropout.
+
+        Raises:
+            ValueError: for a field that changes the encoder's shape, naming the weights that do not fit.
+        """
+        model = Bert(replace(self.config, head=head, **changes)).to(self.embedding.weight)
+        heads = ("masked_head.", "next_head.", "head.")
+        encoder = {name: weight for name, weight in self.state_dict().items() if not name.startswith(heads)}
+        fresh = model.state_dict()
+        wrong = [name for name, weight in encoder.items() if name in fresh and fresh[name].shape != weight.shape]
+        if wrong:
+            raise ValueError(f"with_head: {', '.join(changes)} would change the shape of {', '.join(wrong[:3])}")
+        model.load_state_dict({name: encoder.get(name, weight) for name, weight in fresh.items()})
+        return model
+
+
+class Masked(NamedTuple):
+    tokens: Tensor  # (B, T), some of them replaced
+    targets: Tensor  # (B, T), the original token where one was chosen, else -100
+
+
+def mask_tokens(
+    tokens_BT: Tensor,
+    mask_token: int,
+    vocab_size: int,
+    *,
+    special: Tensor | None = None,
+    words_BT: Tensor | None = None,
+    share: float = 0.15,
+    generator: torch.Generator | None = None,
+) -> Masked:
+    """Dynamic masking for "mlm": of the tokens that are chosen 80% become `mask_token`, 10% a random token, and 10%
+    stay (Devlin et al., 2018; anew at each step, Liu et al., 2019).
+
+    Args:
+        tokens_BT: (B, T) int64.
+        mask_token, vocab_size: the token [MASK], and how many there are.
+        special: (B, T) bool, what is never chosen: padding, [CLS], [SEP].
+        words_BT: (B, T) integers, the number of the word that a token belongs to in its row: words are then chosen
+            whole. None chooses tokens.
+        share: how many are chosen, in (0, 1).
+        generator: on tokens' device; None draws from torch's global one.
+
+    Returns:
+        Tokens and targets.
+
+    Raises:
+        ValueError: for a share out of range, and tokens outside the vocabulary.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"mask_tokens: share must be in (0, 1), got {share}")
+    check_ids("mask_tokens", tokens_BT, vocab_size)
+    shape, device = tokens_BT.shape, tokens_BT.device
+
+    def draw() -> Tensor:
+        return torch.rand(shape, generator=generator, device=device)
+
+    drawn_BT = draw()
+    if words_BT is not None:  # every token of a word has its first draw
+        if words_BT.shape != shape or int(words_BT.min()) < 0 or int(words_BT.max()) >= shape[1]:
+            raise ValueError(f"mask_tokens: words must be (B, T) numbers from 0 to T - 1, got {tuple(words_BT.shape)}")
+        drawn_BT = drawn_BT.gather(1, words_BT)
+    chosen_BT = drawn_BT < share
+    if special is not None:
+        chosen_BT &= ~special
+    fate_BT = draw()
+    random_BT = torch.randint(vocab_size, shape, generator=generator, device=device)
+    tokens = torch.where(chosen_BT & (fate_BT < 0.8), mask_token, tokens_BT)
+    tokens = torch.where(chosen_BT & (fate_BT >= 0.9), random_BT, tokens)
+    return Masked(tokens, torch.where(chosen_BT, tokens_BT, IGNORE))

@@ -1,0 +1,144 @@
+"""What the configurations of all models have in common."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+Config = TypeVar("Config", bound="ModelConfig")
+
+_CHOICES = {
+    "norm": ("layer_norm", "rms_norm"),
+    "position": ("learned", "rotary", "sinusoidal", "relative"),
+    "mlp": ("gelu", "gelu_erf", "relu", "silu", "swiglu", "geglu"),
+    "ops": ("fastllm", "torch"),
+}
+_POSITIVE = ("vocab_size", "context", "layers", "heads", "width", "num_kv_heads", "head_dim", "mlp_width")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The shape of a Transformer.
+
+    Attributes:
+        vocab_size: number of tokens.
+        context: the most positions that the model takes.
+        layers, heads, width: number of blocks, of query heads, and of channels.
+        kv_heads: number of key and value heads, a divisor of heads (grouped-query attention); None means heads.
+        head_size: channels of a head; None means width / heads, which heads must then divide.
+        hidden: width inside the MLP; None means 4 * width, and with a gate 8/3 * width rounded up to a multiple of 64,
+            which has as many parameters.
+        norm: "layer_norm" or "rms_norm".
+        norm_first: norms before attention and MLP, and one at the end (Radford et al., 2019), or behind what each adds
+            (Vaswani et al., 2017).
+        position: "learned", "sinusoidal" (Vaswani et al., 2017), "rotary" (Su et al., 2021), or "relative" (a learned
+            bias for each head and distance, as in T5; encoder-decoder models alone).
+        mlp: "gelu" (its tanh form), "gelu_erf", "relu", "silu"; or gated, "swiglu" and "geglu" (Shazeer, 2020).
+        qk_norm: whether each head's queries and keys are normalized before they meet, as in Qwen3 (Dehghani et al.,
+            2023).
+        window: how many positions back a position sees, its own included; None is no limit (causal models alone).
+        softcap: c of c tanh(score / c), as in Gemma 2; 0 is none.
+        sinks: whether each head has a learned logit that takes part in the softmax and has no value, as in gpt-oss.
+        bias: whether linear layers and LayerNorm have one.
+        dropout: probability, on embeddings, attention and what each block adds.
+        tie_embeddings: whether the output layer shares the embedding's weight.
+        norm_eps, rope_theta: as in the norms, and the base of the rotary frequencies.
+        rope_scaling: how rotary positions are stretched, as `fastllm.nn.RotaryEmbedding`'s `scaling`, or None.
+        ops: "fastllm" runs fused norms, attention, activations, rotary positions and loss, "torch" stock PyTorch. The
+            state_dict is the same.
+
+    Raises:
+        ValueError: for a value that does not fit, naming it.
+    """
+
+    vocab_size: int = 50257
+    context: int = 1024
+    layers: int = 12
+    heads: int = 12
+    width: int = 768
+    kv_heads: int | None = None
+    head_size: int | None = None
+    hidden: int | None = None
+    norm: str = "layer_norm"
+    norm_first: bool = True
+    position: str = "learned"
+    mlp: str = "gelu"
+    qk_norm: bool = False
+    window: int | None = None
+    softcap: float = 0.0
+    sinks: bool = False
+    bias: bool = True
+    dropout: float = 0.0
+    tie_embeddings: bool = True
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: dict[str, Any] | None = None
+    ops: str = "fastllm"
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        self._check_positive(*_POSITIVE)
+        for field, choices in _CHOICES.items():
+            if getattr(self, field) not in choices:
+                raise ValueError(f"{name}: {field} must be one of {choices}, got {getattr(self, field)!r}")
+        if self.head_size is None and self.width % self.heads:
+            raise ValueError(f"{name}: heads must divide width, got heads={self.heads}, width={self.width}")
+        if self.heads % self.num_kv_heads:
+            raise ValueError(f"{name}: kv_heads must divide heads, got kv_heads={self.kv_heads}, heads={self.heads}")
+        if self.position == "rotary" and self.head_dim % 2:
+            raise ValueError(f"{name}: rotary positions need an even width / heads, got {self.head_dim}")
+        if self.position == "sinusoidal" and self.width % 2:
+            raise ValueError(f"{name}: sinusoidal positions need an even width, got {self.width}")
+        if self.window is not None:
+            self._check_positive("window")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"{name}: dropout must be in [0, 1), got {self.dropout}")
+        if not 0 <= self.softcap < math.inf:
+            raise ValueError(f"{name}: softcap must be finite and not negative, got {self.softcap}")
+        for field in ("norm_eps", "rope_theta"):
+            if not getattr(self, field) > 0:
+                raise ValueError(f"{name}: {field} must be positive, got {getattr(self, field)}")
+
+    def _check_positive(self, *names: str) -> None:
+        for field in names:
+            value = getattr(self, field)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{type(self).__name__}: {field} must be a positive int, got {value!r}")
+
+    def _check_token(self, field: str) -> None:
+        token = getattr(self, field)
+        if token is not None and not 0 <= token < self.vocab_size:
+            raise ValueError(
+                f"{type(self).__name__}: {field} must be a token, below vocab_size={self.vocab_size}, got {token}"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads if self.head_size is None else self.head_size
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def gated(self) -> bool:
+        return self.mlp in ("swiglu", "geglu")
+
+    @property
+    def mlp_width(self) -> int:
+        if self.hidden is not None:
+            return self.hidden
+        return math.ceil(8 * self.width / 3 / 64) * 64 if self.gated else 4 * self.width
+
+    @classmethod
+    def from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
+        """The inverse of `dataclasses.asdict`.
+
+        Raises:
+            ValueError: for a name that is no field.
+        """
+        unknown = sorted(set(values) - {field.name for field in fields(cls)})
+        if unknown:
+            raise ValueError(f"{cls.__name__}: unknown field {', '.join(unknown)}")
+        return cls(**values)

@@ -1,0 +1,235 @@
+"""Models from and to folders in Hugging Face's format: config.json, and weights in safetensors, whole or in shards."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastllm._extras import require
+from fastllm.models.hf_families import FAMILIES, Family, Weight, family_of
+
+_INDEX = "model.safetensors.index.json"
+_FILE = "model.safetensors"
+_OURS = ("ops", "document_token", "label_smoothing", "head_dropout")
+"""Fields that are no part of the trained function, for which config.json has no name, or not in all families."""
+
+
+def load_hf(folder: str | Path, *, dtype: torch.dtype | None = None, **changes: Any) -> nn.Module:
+    """The model in a folder that transformers' `save_pretrained`, or `save_hf`, has written.
+
+    Args:
+        folder: with config.json and model.safetensors, or shards and their index.
+        dtype: of the weights; None is what the file has.
+        changes: fields of the model's configuration, such as ops="torch" or dropout=0.0.
+
+    Returns:
+        A `GPT` for gpt2, llama and qwen3, a `Bert` for bert, a `Transformer` for marian, bart and t5; on the CPU, in
+        eval mode.
+
+    Raises:
+        FileNotFoundError: for a folder or file that is not there.
+        ValueError: for what is damaged, another model_type, a configuration that these models do not have, and weights
+            that are missing, left over, or of another shape; it names them.
+    """
+    folder = Path(folder)
+    values = _read_json(folder / "config.json")
+    name = values.get("model_type")
+    if name not in FAMILIES:
+        raise ValueError(f"{folder}: model_type {name!r} is not supported, only {', '.join(FAMILIES)}")
+    family = FAMILIES[name]
+    found = _read_weights(folder)
+    try:
+        config = family.read(values)
+        config = replace(config, **{**values.get("fastllm", {}), **changes})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+    if "head.weight" not in {weight.ours for weight in family.weights(config)} and name == "t5":
+        # T5's configurations have said both things of a file with an output layer of its own.
+        config = replace(config, tie_embeddings="lm_head.weight" not in found)
+    state = _to_ours(folder, family, config, found)
+    with torch.device("meta"):
+        model = family.model(config)
+    model = model.to_empty(device="cpu").to(dtype or state["embedding.weight"].dtype)
+    expected = model.state_dict()
+    for ours, tensor in state.items():
+        if expected[ours].shape != tensor.shape:
+            raise ValueError(
+                f"{folder}: {ours} has shape {tuple(tensor.shape)}, config.json makes it {tuple(expected[ours].shape)}"
+            )
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def save_hf(model: nn.Module, folder: str | Path, *, shard_bytes: int = 5 * 10**9) -> Path:
+    """Writes a `GPT`, `Bert` or `Transformer` as transformers reads it, with config.json; tied weights once.
+
+    Args:
+        model: whose configuration one of transformers' gpt2, llama, qwen3, bert, marian, bart or t5 has.
+        folder: is made; files of these names in it are replaced.
+        shard_bytes: the most bytes of weights a file.
+
+    Returns:
+        The folder.
+
+    Raises:
+        TypeError: for another model.
+        ValueError: for a configuration that transformers' model does not have, naming the field.
+        OSError: for what the disk says.
+    """
+    folder = Path(folder)
+    config: Any = getattr(model, "config", None)
+    known = tuple({family.model for family in FAMILIES.values()})
+    if not isinstance(model, known):
+        raise TypeError(f"save_hf: the model must be a GPT, Bert or Transformer, got {type(model).__name__}")
+    name = family_of(config)
+    family = FAMILIES[name]
+    values = {"model_type": name, **family.write(config)}
+    _check_expressible(name, family, config, values)
+    default = type(config)()
+    extra = {f: getattr(config, f) for f in _OURS if hasattr(config, f) and getattr(config, f) != getattr(default, f)}
+    extra.pop("ops", None)
+    if extra:
+        values["fastllm"] = extra
+    state = model.state_dict()
+    values["dtype"] = str(state["embedding.weight"].dtype).removeprefix("torch.")
+    theirs: dict[str, Tensor] = {}
+    for weight in family.weights(config):
+        theirs |= _split(weight, state.pop(weight.ours).detach().cpu())
+    assert not state, f"weights without a name in {name}: {', '.join(state)}"
+    if name in ("marian", "bart"):
+        theirs["final_logits_bias"] = theirs["final_logits_bias"][None]
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_weights(folder, theirs, shard_bytes)
+    _write_json(folder / "config.json", values)
+    return folder
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is damaged: it holds no object")
+    return values
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    files = [_FILE]
+    if not (folder / _FILE).is_file() and (folder / _INDEX).is_file():
+        places = _read_json(folder / _INDEX).get("weight_map")
+        if not isinstance(places, dict):
+            raise ValueError(f"{folder / _INDEX} is damaged: it lacks weight_map")
+        files = sorted(set(places.values()))
+    load_file = require("safetensors.torch", "train").load_file
+    found: dict[str, Tensor] = {}
+    for file in files:
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"{folder / file} is not there" + (f", nor {_INDEX}" if file == _FILE else ""))
+        try:
+            found |= load_file(folder / file)
+        except Exception as error:  # safetensors raises a class of its own
+            raise ValueError(f"{folder / file} is damaged: {error}") from error
+    return found
+
+
+def _write_weights(folder: Path, tensors: dict[str, Tensor], shard_bytes: int) -> None:
+    shards: list[dict[str, Tensor]] = [{}]
+    filled = total = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and filled + tensor.nbytes > shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = tensor
+        filled += tensor.nbytes
+        total += tensor.nbytes
+    save_file = require("safetensors.torch", "train").save_file
+    places: dict[str, str] = {}
+    for old in (*folder.glob("model-*-of-*.safetensors"), folder / _INDEX, folder / _FILE):
+        old.unlink(missing_ok=True)  # of an earlier model in as many files, readers would take some
+    for index, shard in enumerate(shards):
+        file = _FILE if len(shards) == 1 else f"model-{index + 1:05}-of-{len(shards):05}.safetensors"
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(shard, file)
+    if len(shards) > 1:
+        _write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+
+
+def _to_ours(folder: Path, family: Family, config: Any, found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state_dict of our model from the tensors of theirs."""
+    weights = list(family.weights(config))
+    first = weights[0].theirs[0]
+    if family.prefix and first not in found and first.removeprefix(family.prefix) in found:
+        found = {family.prefix + name: tensor for name, tensor in found.items()}  # of the model without a head
+    left = dict(found)
+    state, missing = {}, []
+    for weight in weights:
+        parts = [left.pop(name, None) for name in weight.theirs]
+        missing += [name for name, part in zip(weight.theirs, parts, strict=True) if part is None]
+        if all(part is not None for part in parts):
+            state[weight.ours] = _join(weight, parts)  # type: ignore[arg-type]
+    if missing == ["final_logits_bias"]:  # which only newer files have
+        missing = []
+        state["logits_bias"] = torch.zeros(config.vocab_size, dtype=state["embedding.weight"].dtype)
+    used = {name: found[name] for name in found if name not in left}
+    for name, originals in family.tied.items():
+        if name in left and any(torch.equal(left[name], used[original]) for original in originals if original in used):
+            del left[name]
+    left = {name: tensor for name, tensor in left.items() if not name.endswith(family.ignored)}
+    if missing or left:
+        found_text = [f"lacks {_some(missing)}"] if missing else []
+        found_text += [f"has {_some(list(left))}, which the model of config.json has not"] if left else []
+        hint = ' (head="pretraining" or another may be what it was made with)' if "embedding_norm.bias" in state else ""
+        raise ValueError(f"{folder} {' and '.join(found_text)}{hint}")
+    return state
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _join(weight: Weight, parts: list[Tensor]) -> Tensor:
+    if weight.ours == "logits_bias":
+        return parts[0].flatten()
+    joined = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return joined.T.contiguous() if weight.transposed else joined
+
+
+def _split(weight: Weight, tensor: Tensor) -> dict[str, Tensor]:
+    tensor = tensor.T if weight.transposed else tensor
+    parts = tensor.split(weight.rows) if len(weight.theirs) > 1 else (tensor,)
+    return {name: part.contiguous() for name, part in zip(weight.theirs, parts, strict=True)}
+
+
+def _check_expressible(name: str, family: Family, config: Any, values: dict[str, Any]) -> None:
+    """Reads back what was written: a field that comes back as another is one that transformers' model does not have."""
+    try:
+        back = asdict(family.read(values))
+    except ValueError as error:
+        raise ValueError(f"save_hf: transformers' {name} has no such model: {error}") from error
+    given = asdict(config)
+    for given_or_default, resolved in (
+        ("hidden", "mlp_width"), ("kv_heads", "num_kv_heads"), ("head_size", "head_dim"),
+        ("encoder_layers", "num_encoder_layers"), ("start_token", None),
+    ):  # fmt: skip
+        if given_or_default in given and given[given_or_default] is None:
+            given[given_or_default] = getattr(config, resolved) if resolved else config.pad_token
+        if given_or_default in back and back[given_or_default] is None:
+            back[given_or_default] = given[given_or_default]
+    for field, value in given.items():
+        if field not in _OURS and back[field] != value:
+            raise ValueError(f"save_hf: transformers' {name} has no {field}={value!r}, only {back[field]!r}")

@@ -200,7 +200,7 @@ TWO = torch.tensor([[1, 2]])
         (lambda m: mask_tokens(torch.tensor([[61]]), 1, 61), "token 61 is outside the vocabulary of 61"),
         (lambda m: mask_tokens(torch.tensor([[6]]), 1, 61, share=1.0), r"share must be in \(0, 1\), got 1.0"),
         (lambda m: BertConfig(head="nothing"), "head must be one of .* or None, got 'nothing'"),
-        (lambda m: BertConfig(head="classification", pooler=False), "head='classification' needs pooler=True"),
+        (lambda m: BertConfig(head="classification", pooler=False), "head='classification' needs a pooler"),
         (lambda m: BertConfig(labels=0), "BertConfig: labels must be a positive int, got 0"),
         (lambda m: BertConfig(pad_token=30522), "pad_token must be a token, below vocab_size=30522, got 30522"),
         (lambda m: BertConfig.preset("bert"), "there is no preset 'bert', only bert-base, "),

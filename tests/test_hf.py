@@ -272,6 +272,7 @@ def test_a_configuration_that_transformers_has_not_is_an_error(tmp_path):
     small = {"vocab_size": 31, "context": 8, "layers": 1, "heads": 2, "width": 16}
     for config, message in (
         (GPTConfig.gpt2(**small, norm="rms_norm"), "gpt2 has no norm='rms_norm', only 'layer_norm'"),
+        (GPTConfig.gpt2(**small, kv_heads=1), "gpt2 has no kv_heads=1, only 2"),
         (GPTConfig.llama(**small, softcap=30.0), r"llama has no softcap=30\.0, only 0\.0"),
         (GPTConfig.llama(**small, window=4), "llama has no window=4, only None"),
         (GPTConfig.gpt2(**small, mlp="swiglu"), "the activation 'swiglu' is not supported"),
@@ -280,6 +281,8 @@ def test_a_configuration_that_transformers_has_not_is_an_error(tmp_path):
             save_hf(GPT(config), tmp_path)
     with pytest.raises(ValueError, match="marian has no norm_first=True"):
         save_hf(Transformer(TransformerConfig(**small, norm_first=True)), tmp_path)
+    with pytest.raises(ValueError, match="bert has no pooler=True, only False"):
+        save_hf(Bert(BertConfig(**small, pooler=True)), tmp_path)
     with pytest.raises(TypeError, match="must be a GPT, Bert or Transformer, got Linear"):
         save_hf(torch.nn.Linear(2, 2), tmp_path)
     assert not list(tmp_path.iterdir())
@@ -304,10 +307,13 @@ def test_fine_tuning_starts_from_a_checkpoint_of_pre_training(tmp_path):
     model = load_hf(tmp_path).with_head("classification", labels=4)
     assert isinstance(model, Bert)
     assert model(inputs()["tokens"]).shape == (3, 4)
+    assert torch.equal(model.pooler.dense.weight, load_hf(tmp_path).pooler.dense.weight)
+    theirs_of("bert-mlm").save_pretrained(tmp_path / "mlm")
+    assert load_hf(tmp_path / "mlm").with_head("classification").eval()(inputs()["tokens"]).shape == (3, 2)
     values = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**values, "architectures": ["BertForMaskedLM"]}))
     with pytest.raises(ValueError, match=r"has bert\.pooler\.dense\.bias, .*head=\"pretraining\""):
         load_hf(tmp_path)
-    assert load_hf(tmp_path, head="pretraining", pooler=True).config.head == "pretraining"
+    assert load_hf(tmp_path, head="pretraining").config.head == "pretraining"
     with pytest.raises(ValueError, match=r"vocab_size would change the shape of embedding\.weight"):
         Bert(BertConfig(vocab_size=31, layers=1, heads=2, width=16)).with_head("mlm", vocab_size=32)

@@ -117,7 +117,7 @@ def test_targets_start_with_the_start_token():
 def test_greedy_search_with_caches_is_the_loop_without(style, ops):
     model = make(**style, ops=ops).eval()
     source = sources()
-    tokens = torch.full((4, 1), model.start_token)
+    tokens = torch.full((4, 1), model.config.first_token)
     scores, done = torch.zeros(4), torch.zeros(4, dtype=torch.bool)
     with torch.no_grad():
         for _ in range(15):

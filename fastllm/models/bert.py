@@ -50,7 +50,8 @@ class BertConfig(ModelConfig):
     Attributes, beside those of `ModelConfig`:
         token_types: how many kinds of segments there are; 0 for none.
         pad_token: what fills rows up, where `forward` is given no mask; None where nothing does.
-        pooler: whether the first position's output goes through a linear layer and tanh before classification.
+        pooler: whether the first position's output goes through a linear layer and tanh before classification; None
+            where the head needs it or there is none ("pretraining", "classification", None).
         head: "mlm" (masked tokens; its output layer is the embedding's weight), "pretraining" (that, and whether the
             second sentence follows the first), "classification" (of the sequence), "tokens" (of each token), "span"
             (start and end of an answer), or None for hidden states alone.
@@ -69,7 +70,7 @@ class BertConfig(ModelConfig):
     norm_eps: float = 1e-12
     token_types: int = 2
     pad_token: int | None = 0
-    pooler: bool = True
+    pooler: bool | None = None
     head: str | None = "mlm"
     labels: int = 2
     head_dropout: float | None = None
@@ -86,8 +87,12 @@ class BertConfig(ModelConfig):
             raise ValueError(f"BertConfig: head_dropout must be in [0, 1), got {self.head_dropout}")
         if self.position == "relative":
             raise ValueError("BertConfig: position='relative' is for encoder-decoder models")
-        if self.head in ("pretraining", "classification") and not self.pooler:
-            raise ValueError(f"BertConfig: head={self.head!r} needs pooler=True")
+        if self.head in ("pretraining", "classification") and not self.has_pooler:
+            raise ValueError(f"BertConfig: head={self.head!r} needs a pooler, got pooler={self.pooler}")
+
+    @property
+    def has_pooler(self) -> bool:
+        return self.head in ("pretraining", "classification", None) if self.pooler is None else self.pooler
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> BertConfig:
@@ -141,7 +146,7 @@ class Bert(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer, causal=False) for layer in range(config.layers))
         self.norm = make_norm(config, config.width) if config.norm_first else None
-        self.pooler = Pooler(config) if config.pooler else None
+        self.pooler = Pooler(config) if config.has_pooler else None
         head = config.head
         self.masked_head = MaskedHead(config) if head in ("mlm", "pretraining") else None
         self.next_head = nn.Linear(config.width, 2) if head == "pretraining" else None

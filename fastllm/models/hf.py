@@ -215,21 +215,28 @@ def _split(weight: Weight, tensor: Tensor) -> dict[str, Tensor]:
     return {name: part.contiguous() for name, part in zip(weight.theirs, parts, strict=True)}
 
 
+def _resolved(config: Any) -> dict[str, Any]:
+    """The fields, and for those that are None what they stand for."""
+    values = asdict(config)
+    for field, property_name in (
+        ("hidden", "mlp_width"),
+        ("kv_heads", "num_kv_heads"),
+        ("head_size", "head_dim"),
+        ("encoder_layers", "num_encoder_layers"),
+        ("start_token", "first_token"),
+        ("pooler", "has_pooler"),
+    ):
+        if field in values:
+            values[field] = getattr(config, property_name)
+    return values
+
+
 def _check_expressible(name: str, family: Family, config: Any, values: dict[str, Any]) -> None:
     """Reads back what was written: a field that comes back as another is one that transformers' model does not have."""
     try:
-        back = asdict(family.read(values))
+        back = _resolved(family.read(values))
     except ValueError as error:
         raise ValueError(f"save_hf: transformers' {name} has no such model: {error}") from error
-    given = asdict(config)
-    for given_or_default, resolved in (
-        ("hidden", "mlp_width"), ("kv_heads", "num_kv_heads"), ("head_size", "head_dim"),
-        ("encoder_layers", "num_encoder_layers"), ("start_token", None),
-    ):  # fmt: skip
-        if given_or_default in given and given[given_or_default] is None:
-            given[given_or_default] = getattr(config, resolved) if resolved else config.pad_token
-        if given_or_default in back and back[given_or_default] is None:
-            back[given_or_default] = given[given_or_default]
-    for field, value in given.items():
+    for field, value in _resolved(config).items():
         if field not in _OURS and back[field] != value:
             raise ValueError(f"save_hf: transformers' {name} has no {field}={value!r}, only {back[field]!r}")

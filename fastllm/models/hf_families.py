@@ -209,7 +209,6 @@ _BERT_HEADS = {
     "BertForQuestionAnswering": "span",
     "BertModel": None,
 }
-_POOLED = ("pretraining", "classification", None)  # transformers' models of the other heads have no pooler
 
 
 def _read_bert(values: Values) -> BertConfig:
@@ -218,7 +217,6 @@ def _read_bert(values: Values) -> BertConfig:
     architecture = (values.get("architectures") or ["BertModel"])[0]
     if architecture not in _BERT_HEADS:
         raise ValueError(f"the architecture {architecture!r} is not supported, only {', '.join(_BERT_HEADS)}")
-    head = _BERT_HEADS[architecture]
     return BertConfig(
         vocab_size=values.get("vocab_size", 30522),
         context=values.get("max_position_embeddings", 512),
@@ -231,8 +229,7 @@ def _read_bert(values: Values) -> BertConfig:
         norm_eps=values.get("layer_norm_eps", 1e-12),
         token_types=values.get("type_vocab_size", 2),
         pad_token=values.get("pad_token_id", 0),
-        head=head,
-        pooler=head in _POOLED,
+        head=_BERT_HEADS[architecture],
         labels=len(values.get("id2label") or (0, 1)),
         head_dropout=values.get("classifier_dropout"),
     )
@@ -275,7 +272,7 @@ def _bert_weights(config: BertConfig) -> Iterator[Weight]:
         yield from _linear(f"{ours}.mlp.up_proj", f"{theirs}.intermediate.dense", bias=True)
         yield from _linear(f"{ours}.mlp.down_proj", f"{theirs}.output.dense", bias=True)
         yield from _norm(f"{ours}.mlp_norm", f"{theirs}.output.LayerNorm")
-    if config.pooler:
+    if config.has_pooler:
         yield from _linear("pooler.dense", "bert.pooler.dense", bias=True)
     if config.head in ("mlm", "pretraining"):
         yield Weight("masked_head.bias", ("cls.predictions.bias",))
@@ -338,7 +335,7 @@ def _write_marian(config: TransformerConfig) -> Values:
         "attention_dropout": config.dropout,
         "scale_embedding": config.scale_embedding,
         "pad_token_id": config.pad_token,
-        "decoder_start_token_id": config.pad_token if config.start_token is None else config.start_token,
+        "decoder_start_token_id": config.first_token,
         "eos_token_id": config.end_token,
         "forced_eos_token_id": config.end_token,
         "tie_word_embeddings": config.tie_embeddings,
@@ -441,7 +438,7 @@ def _write_t5(config: TransformerConfig) -> Values:
         "relative_attention_num_buckets": config.relative_buckets,
         "relative_attention_max_distance": config.relative_distance,
         "pad_token_id": config.pad_token,
-        "decoder_start_token_id": config.pad_token if config.start_token is None else config.start_token,
+        "decoder_start_token_id": config.first_token,
         "eos_token_id": config.end_token,
         "tie_word_embeddings": config.tie_embeddings,
         "scale_decoder_outputs": config.scale_logits,

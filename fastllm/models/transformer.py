@@ -109,6 +109,10 @@ class TransformerConfig(ModelConfig):
     def num_source_tokens(self) -> int:
         return self.vocab_size if self.source_vocab_size is None else self.source_vocab_size
 
+    @property
+    def first_token(self) -> int:
+        return self.pad_token if self.start_token is None else self.start_token
+
     @classmethod
     def preset(cls, name: str, **changes: Any) -> TransformerConfig:
         """One of `PRESETS`; `changes` are fields.
@@ -188,10 +192,6 @@ class Transformer(nn.Module):
                 nn.init.normal_(module.weight, std=config.width**-0.5)
 
     @property
-    def start_token(self) -> int:
-        return self.config.pad_token if self.config.start_token is None else self.config.start_token
-
-    @property
     def _packs(self) -> bool:
         # A bias of the scores is made for rows.
         return self.config.ops == "fastllm" and self.config.position != "relative"
@@ -201,7 +201,7 @@ class Transformer(nn.Module):
 
     def shifted(self, targets_BT: Tensor) -> Tensor:
         """What the decoder is given to predict these targets: the start token, and all but the last of them."""
-        tokens_BT = torch.full_like(targets_BT, self.start_token)
+        tokens_BT = torch.full_like(targets_BT, self.config.first_token)
         tokens_BT[:, 1:] = targets_BT[:, :-1].masked_fill(targets_BT[:, :-1] == IGNORE, self.config.pad_token)
         return tokens_BT
 
@@ -395,7 +395,7 @@ class Transformer(nn.Module):
                     cache.choose(parents)
                 return self.decode(tokens, memory_BSC, layouts, cache=cache)[:, -1]
 
-            start_B = torch.full((batch,), self.start_token, device=device)
+            start_B = torch.full((batch,), self.config.first_token, device=device)
             if beams > 1:
                 return beam_search(
                     step,

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -30,6 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fastllm import ops
 from fastllm.benchmarks.harness import COMPILED, NOT_COMPILED, Case, Ready
 from fastllm.models import GPT, GPTConfig
+from fastllm.models.config import ModelConfig
 from fastllm.testing import sample
 from fastllm.trainer import TrainConfig, make_optimizer
 
@@ -55,16 +57,38 @@ def counts(config: GPTConfig) -> tuple[int, int]:
     return parameters, 6 * (parameters - positions) + attention
 
 
-def _ready(config: GPTConfig, device: str, inputs_BT: Tensor, targets_BT: Tensor, compiled: bool = False) -> Ready:
+def ready(
+    build: Callable[[Any], torch.nn.Module],
+    config: ModelConfig,
+    batches: Sequence[tuple[Tensor, ...]],
+    device: str,
+    *,
+    bf16: bool = True,
+    compiled: bool = False,
+    layout: Callable[..., dict[str, Any]] = lambda model, *batch: {},
+) -> Ready:
+    """A contender: forward, backward, clipping and AdamW of one model.
+
+    Args:
+        build: the model's class.
+        config: its `ops` say which AdamW it has, too.
+        batches: arguments of its forward; steps take them in turn.
+        device: of batches and model.
+        bf16: by autocast.
+        compiled: the model through torch.compile.
+        layout: what a model finds of its batch outside of its graph, in each step.
+    """
     torch.manual_seed(0)
     with torch.device(device):
-        model = GPT(config).train()
+        model = build(config).train()
     optimizer = make_optimizer(model, replace(TRAIN, optimizer=config.ops))
-    forward = torch.compile(model, dynamic=False) if compiled else model
+    forward = torch.compile(model, dynamic=False if len(batches) == 1 else None) if compiled else model
+    turn = itertools.cycle(batches)
 
     def step() -> Tensor:
-        with sdpa_kernel(ATTENTION, set_priority=True), torch.autocast(device, torch.bfloat16):
-            loss = forward(inputs_BT, targets_BT)
+        batch = next(turn)
+        with sdpa_kernel(ATTENTION, set_priority=True), torch.autocast(device, torch.bfloat16, enabled=bf16):
+            loss = forward(*batch, **layout(model, *batch))
         loss.backward()
         if config.ops == "torch":  # ours clips in its step
             torch.nn.utils.clip_grad_norm_(model.parameters(), TRAIN.clip)
@@ -74,22 +98,24 @@ def _ready(config: GPTConfig, device: str, inputs_BT: Tensor, targets_BT: Tensor
     return Ready(optimizer.zero_grad, step)
 
 
-def _losses(ready: Ready) -> list[float]:
-    return [float((ready.prepare(), ready.call())[1]) for _ in range(STEPS)]
+def first_losses(contender: Ready) -> list[float]:
+    return [float((contender.prepare(), contender.call())[1]) for _ in range(STEPS)]
 
 
 def setup(config: GPTConfig, batch: int, device: str, compiles: bool) -> dict[str, Callable[[], Ready] | str]:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(config.vocab_size, (batch, config.context + 1), generator=generator).to(device)
-    batches = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    batches = [(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())]
     stock = replace(config, ops="torch")
-    ours, eager = _ready(config, device, *batches), _ready(stock, device, *batches)
-    losses = _losses(ours), _losses(eager)
+    ours, eager = ready(GPT, config, batches, device), ready(GPT, stock, batches, device)
+    losses = first_losses(ours), first_losses(eager)
     if max(abs(a - b) for a, b in zip(*losses, strict=True)) > TOLERANCE:
         raise AssertionError(f"the losses on fastllm are {losses[0]}, on stock PyTorch {losses[1]}")
     found: dict[str, Callable[[], Ready] | str] = {"fastllm": lambda: ours, "eager": lambda: eager}
     for name, chosen in ((COMPILED, stock), (OURS_COMPILED, config)):
-        found[name] = functools.partial(_ready, chosen, device, *batches, compiled=True) if compiles else NOT_COMPILED
+        found[name] = (
+            functools.partial(ready, GPT, chosen, batches, device, compiled=True) if compiles else NOT_COMPILED
+        )
     return found
 
 

@@ -30,8 +30,8 @@ def cross_entropy() -> None:
             kernels.cross_entropy_loss(row, row, row, row, logits, target, row, 0.1, 1e-4, 0.0)
 
 
-def gated_activations() -> None:
-    from fastllm.kernels import geglu, swiglu
+def activations() -> None:
+    from fastllm.kernels import geglu, gelu, swiglu
 
     for dtype in (torch.float32, torch.bfloat16):
         packed, y = _empty(4096, 2 * 11008, dtype=dtype), _empty(4096, 11008, dtype=dtype)
@@ -41,6 +41,9 @@ def gated_activations() -> None:
         for tanh in (True, False):
             geglu.geglu_fwd(y, gate, up, tanh)
             geglu.geglu_bwd(packed, y, gate, up, tanh)
+            bias = _empty(11008, dtype=dtype)
+            gelu.gelu_fwd(y, y, bias, tanh)
+            gelu.gelu_bwd(y, bias, y, y, bias, tanh)
 
 
 def dropout_norms() -> None:
@@ -74,7 +77,7 @@ SPILLS = {(target, "_dropout_norm_bwd_kernel", "8192x1 w16 s1"): 8 for target in
 SPILLS["sm_80", "_cross_entropy_loss_kernel", "2x1x1024 w32 s1"] = 16
 
 
-QUICK = ("sm_90", gated_activations)
+QUICK = ("sm_90", activations)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +85,7 @@ QUICK = ("sm_90", gated_activations)
     [
         pytest.param(target, launcher, marks=() if (target, launcher) == QUICK else pytest.mark.slow)
         for target in TARGETS
-        for launcher in (cross_entropy, dropout_norms, gated_activations, rotary)
+        for launcher in (cross_entropy, dropout_norms, activations, rotary)
     ],
 )
 def test_resources(launcher, target, capsys):

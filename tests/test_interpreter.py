@@ -123,13 +123,15 @@ else:
     def test_gelu_of_input_and_bias(form):
         for dtype in DTYPES:
             for n in (1, 127, 2049):
-                test_gelu.check(make((40, n), dtype), make((n,), torch.float16), forms=(form,))  # rows beyond programs
-                test_gelu.check(make((2, 2, n), dtype), forms=(form,))
+                test_gelu.check(make((3, n), dtype), make((n,), torch.float16, seed=1), forms=(form,))
+            test_gelu.check(make((2, 2, 129), dtype), forms=(form,))
+        test_gelu.check(make((90, 8)), make((8,), seed=1), forms=(form,))  # more rows than programs
         for layout in LAYOUTS:
             test_gelu.check(make((2, 3, 33), layout=layout), make((33,), seed=1, layout=layout), forms=(form,))
             test_gelu.check(make((2, 3, 33)), make((33,), seed=1), grad_layout=layout, forms=(form,))
         test_gelu.check(make((3, 133)) * 30, make((133,), seed=1), forms=(form,))
-        test_gelu.test_every_element_is_written()
+        with poisoned_allocations():
+            test_gelu.check(make((3, 133)), make((133,), seed=1), forms=(form,))
         test_gelu.test_gradients_only_where_asked_for()
         test_gelu.test_empty(torch.float32)
 

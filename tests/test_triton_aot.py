@@ -30,8 +30,8 @@ def cross_entropy() -> None:
             kernels.cross_entropy_loss(row, row, row, row, logits, target, row, 0.1, 1e-4, 0.0)
 
 
-def activations() -> None:
-    from fastllm.kernels import geglu, gelu, swiglu
+def gated_activations() -> None:
+    from fastllm.kernels import geglu, swiglu
 
     for dtype in (torch.float32, torch.bfloat16):
         packed, y = _empty(4096, 2 * 11008, dtype=dtype), _empty(4096, 11008, dtype=dtype)
@@ -41,9 +41,17 @@ def activations() -> None:
         for tanh in (True, False):
             geglu.geglu_fwd(y, gate, up, tanh)
             geglu.geglu_bwd(packed, y, gate, up, tanh)
-            bias = _empty(11008, dtype=dtype)
-            gelu.gelu_fwd(y, y, bias, tanh)
-            gelu.gelu_bwd(y, bias, y, y, bias, tanh)
+
+
+def gelu() -> None:
+    from fastllm.kernels import gelu as kernels
+
+    for dtype in (torch.float32, torch.bfloat16):
+        x, bias = _empty(4096, 11008, dtype=dtype), _empty(11008, dtype=dtype)
+        for tanh in (True, False):
+            kernels.gelu_fwd(x, x, bias, tanh)
+            kernels.gelu_bwd(x, bias, x, x, bias, tanh)
+        kernels.gelu_bwd(x, bias[:0], x, x, None, False)
 
 
 def dropout_norms() -> None:
@@ -77,7 +85,7 @@ SPILLS = {(target, "_dropout_norm_bwd_kernel", "8192x1 w16 s1"): 8 for target in
 SPILLS["sm_80", "_cross_entropy_loss_kernel", "2x1x1024 w32 s1"] = 16
 
 
-QUICK = ("sm_90", activations)
+QUICK = ("sm_90", gated_activations)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +93,7 @@ QUICK = ("sm_90", activations)
     [
         pytest.param(target, launcher, marks=() if (target, launcher) == QUICK else pytest.mark.slow)
         for target in TARGETS
-        for launcher in (cross_entropy, dropout_norms, activations, rotary)
+        for launcher in (cross_entropy, dropout_norms, gated_activations, gelu, rotary)
     ],
 )
 def test_resources(launcher, target, capsys):

@@ -177,6 +177,10 @@ def _glu_sample(draw: Callable[..., Tensor]) -> tuple[tuple, dict[str, Any]]:
     return (draw(3, 8), draw(3, 8)), {}
 
 
+def _gelu_sample(draw: Callable[..., Tensor]) -> tuple[tuple, dict[str, Any]]:
+    return (draw(3, 8),), {"bias": draw(8)}
+
+
 def _rotary_sample(draw: Callable[..., Tensor]) -> tuple[tuple, dict[str, Any]]:
     q, k, cos, sin = draw(2, 4, 5, 16), draw(2, 2, 5, 16), draw(9, 6).float(), draw(9, 6).float()
     return (q, k, cos, sin), {"position_ids": torch.arange(4, 9, device=q.device)}
@@ -185,6 +189,7 @@ def _rotary_sample(draw: Callable[..., Tensor]) -> tuple[tuple, dict[str, Any]]:
 _SAMPLES |= {
     "swiglu": _glu_sample,
     "geglu": _glu_sample,
+    "gelu": _gelu_sample,
     "rotary": _rotary_sample,
     "cross_entropy": _cross_entropy_sample,
     "linear_cross_entropy": _linear_cross_entropy_sample,

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastllm.kernels import _utils
-from fastllm.kernels._math import _erf, _tanh
+from fastllm.kernels._math import _normal
 from fastllm.kernels._utils import Config
 
 SILU, GELU_TANH, GELU = 0, 1, 2
@@ -27,11 +27,14 @@ def _activate(g, KIND: tl.constexpr):
         return value, s + value * (1.0 - s)
     if KIND == 1:
         square = g * g
-        t = _tanh(0.7978845608028654 * g * (1.0 + 0.044715 * square))
-        half = 0.5 * (1.0 + t)
-        return g * half, half + 0.5 * g * (1.0 - t * t) * (0.7978845608028654 * (1.0 + 0.134145 * square))
+        # (1 + tanh u) / 2 is the logistic function of 2 u: 1 / (1 + e), e = e^-2u, and e / (1 + e) the rest to 1.
+        exponent = g * (-2.302208198 - 0.1029432396 * square)
+        e = tl.exp2(tl.minimum(exponent, 126.0))
+        half = tl.where(exponent > 126.0, 0.0, 1.0 / (1.0 + e))
+        value = g * half
+        return value, half + value * (e * half) * (1.5957691216057308 + 0.21406444881780076 * square)
     gauss = tl.exp2(g * g * -0.7213475204444817)
-    half = 0.5 * (1.0 + _erf(g * 0.7071067811865476, gauss))
+    half = _normal(g, gauss)
     return g * half, half + g * gauss * 0.3989422804014327
 
 

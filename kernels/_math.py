@@ -14,8 +14,9 @@ def _tanh(x):
 
 
 @triton.jit
-def _erf(x, gauss):
-    """Within 5e-7 (Abramowitz and Stegun, "Handbook of Mathematical Functions", 7.1.26). `gauss` is e^-x^2."""
-    t = 1.0 / (1.0 + 0.3275911 * tl.abs(x))
-    p = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
-    return tl.where(x < 0, p * gauss - 1.0, 1.0 - p * gauss)
+def _normal(x, gauss):
+    """The share of a normal distribution below x, (1 + erf(x / sqrt 2)) / 2, within 1e-7 (Abramowitz and Stegun,
+    "Handbook of Mathematical Functions", 26.2.17). `gauss` is e^(-x^2 / 2)."""
+    t = 1.0 / (1.0 + 0.2316418882663604 * tl.abs(x))
+    p = t * (0.127414796 + t * (-0.142248368 + t * (0.7107068705 + t * (-0.7265760135 + t * 0.5307027145))))
+    return tl.where(x < 0, p * gauss, 1.0 - p * gauss)

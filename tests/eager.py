@@ -16,6 +16,10 @@ def norm(*args, biased: bool, added: bool, dtype: torch.dtype | None = None):
     return stock(total, *rest), total
 
 
+def gelu(input, approximate="none", *, bias=None):
+    return F.gelu(input if bias is None else input + bias, approximate=approximate)
+
+
 def cross_entropy(input, target, *, z_loss=0.0, softcap=0.0, num_valid=None, inplace=False, **rest):
     """Stock PyTorch."""
     t = softcap * torch.tanh(input / softcap) if softcap else input

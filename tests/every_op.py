@@ -265,6 +265,10 @@ def _glu(rows: int, n: int, **options) -> Callable[[Draw], Call]:
     return lambda draw: (draw(rows, 2 * n).chunk(2, -1), options)  # halves of one projection
 
 
+def _gelu(rows: int, n: int, biased: bool, **options) -> Callable[[Draw], Call]:
+    return lambda draw: ((draw(draw.many(rows), n),), ({"bias": draw(n)} if biased else {}) | options)
+
+
 def _rotary(heads: int, kv_heads: int, seq: int, size: int, half: int, **options) -> Callable[[Draw], Call]:
     def call(draw: Draw) -> Call:
         q, k = (draw(2, seq, h, size).transpose(1, 2) for h in (heads, kv_heads))
@@ -289,6 +293,9 @@ POINTWISE = [
     Variant("swiglu", "pieces", _glu(37, 5001)),
     Variant("geglu", "pieces", _glu(37, 5000)),
     Variant("geglu", "pieces, tanh", _glu(37, 5001, approximate="tanh")),
+    # with a bias, more rows than programs, on any GPU
+    Variant("gelu", "pieces", _gelu(2000, 5000, True), DTYPES[:2]),
+    Variant("gelu", "pieces, tanh, alone", _gelu(37, 5001, False, approximate="tanh"), SIXTEEN[:1]),
     Variant("rotary", "blocks of heads", _rotary(130, 5, 100, 64, 32)),
     Variant("rotary", "part of a head, interleaved", _rotary(6, 5, 301, 80, 20, interleaved=True)),
 ]  # fmt: skip
@@ -321,7 +328,7 @@ def _small(op: str, draw: Draw) -> Call:
 def _leaves(op: str, args: tuple, kwargs: dict[str, Any]) -> dict[int | str, Tensor]:
     """What gets a gradient, by its place: not rotary's tables, masks and slopes."""
     given = {**dict(enumerate(args[:2] if op == "rotary" else args)), **kwargs}
-    named = ("linear_bias", "sinks")
+    named = ("linear_bias", "sinks", "bias")
     return {
         place: x
         for place, x in given.items()
@@ -437,6 +444,7 @@ def _stock(op: str) -> Callable:
     return {
         "swiglu": lambda gate, up: F.silu(gate) * up,
         "geglu": lambda gate, up, approximate="none": F.gelu(gate, approximate=approximate) * up,
+        "gelu": eager.gelu,
         "rotary": lambda q, k, cos, sin, **rest: eager.rotary(q, k, cos=cos, sin=sin, **rest),
         "cross_entropy": eager.cross_entropy,
         "linear_cross_entropy": eager.linear_cross_entropy,

@@ -121,6 +121,7 @@ TWICE = {
     "dropout_add_rms_norm": lambda x: ops.dropout_add_rms_norm(x, x, (4,), p=1e-9),
     "swiglu": lambda x: ops.swiglu(x, x),
     "geglu": lambda x: ops.geglu(x, x),
+    "gelu": lambda x: ops.gelu(v := x[0], bias=v),
     "rotary": lambda x: ops.rotary(q := x.view(1, 2, 2, 4), q, t := x.detach()[:, :2], t),
     "attention": lambda x: ops.attention(q := x.view(1, 4, 2, 2), q, q, q),
     "attention_varlen": lambda x: ops.attention_varlen(q := x.view(4, 1, 4), q, q, CU, CU, 4, 4),

@@ -89,6 +89,8 @@ CASES = {
     "swiglu packed": Case(ops.swiglu, ((2, 6),)),
     "geglu": Case(ops.geglu, ((2, 5), (2, 5))),
     "geglu exact, packed": Case(functools.partial(ops.geglu, approximate="none"), ((2, 6),)),
+    "gelu": Case(lambda x, bias: ops.gelu(x, bias=bias), ((2, 5), (5,))),
+    "gelu tanh, alone": Case(functools.partial(ops.gelu, approximate="tanh"), ((2, 5),)),
     "rotary": Case(rotary, ((1, 2, 3, 6), (1, 1, 3, 6))),
     "rotary with positions": Case(
         functools.partial(rotary, position_ids=torch.tensor([7, 0, 4]), interleaved=True), ((1, 2, 3, 6), (1, 1, 3, 6))

@@ -66,6 +66,14 @@ def test_pointwise_ops_take_several_programs_a_row():
             (launch,) = launches(op, "pieces")[kernel]
             assert launch.args["pieces"] == 3
             assert launch.args["n"] % launch.config.blocks["BLOCK"], "with a tail"
+    for variant, biased in (("pieces", True), ("pieces, tanh, alone", False)):
+        found = launches("gelu", variant)
+        for kernel in ("gelu_fwd", "gelu_bwd"):
+            (launch,) = found[kernel]
+            assert launch.args["pieces"] == 3
+            assert launch.args["n"] % launch.config.blocks["BLOCK"], "with a tail"
+            assert (launch.args["bias"] is not None) == biased
+        assert (launch.args["walkers"] < launch.args["rows"]) == biased
     for variant, copies, head_blocks, positions in (
         ("blocks of heads", False, 3, 1),
         ("part of a head, interleaved", True, 1, 4),
@@ -144,8 +152,8 @@ def test_a_run_can_afford_what_is_compiled():
     for job in every_op.jobs():
         texts |= every_op.handle({**job, "do": "record", "chip": CHIP})["launches"].keys()
     kernels = {json.loads(text)["kernel"] for text in texts}
-    assert len(kernels) == 18, kernels  # all that there are
-    assert len(texts) <= 265
+    assert len(kernels) == 20, kernels  # all that there are
+    assert len(texts) <= 275
 
 
 # CUDA C++, in the emulation: three multiprocessors of two blocks each

@@ -38,6 +38,7 @@ else:
     import test_dropout_add_layer_norm
     import test_dropout_add_rms_norm
     import test_geglu
+    import test_gelu
     import test_linear_cross_entropy as linear
     import test_rotary
     import test_swiglu
@@ -117,6 +118,22 @@ else:
                 suite.check(*(make((2, 3, 33), seed=i) for i in range(2)), grad_layout=layout, **kwargs)
             suite.check(make((3, 133)) * 30, make((3, 133), seed=1), **kwargs)
         suite.test_every_element_is_written()
+
+    @pytest.mark.parametrize("form", ["none", pytest.param("tanh", marks=pytest.mark.slow)])
+    def test_gelu_of_input_and_bias(form):
+        for dtype in DTYPES:
+            for n in (1, 127, 2049):
+                test_gelu.check(make((3, n), dtype), make((n,), torch.float16, seed=1), forms=(form,))
+            test_gelu.check(make((2, 2, 129), dtype), forms=(form,))
+        test_gelu.check(make((90, 8)), make((8,), seed=1), forms=(form,))  # more rows than programs
+        for layout in LAYOUTS:
+            test_gelu.check(make((2, 3, 33), layout=layout), make((33,), seed=1, layout=layout), forms=(form,))
+            test_gelu.check(make((2, 3, 33)), make((33,), seed=1), grad_layout=layout, forms=(form,))
+        test_gelu.check(make((3, 133)) * 30, make((133,), seed=1), forms=(form,))
+        with poisoned_allocations():
+            test_gelu.check(make((3, 133)), make((133,), seed=1), forms=(form,))
+        test_gelu.test_gradients_only_where_asked_for()
+        test_gelu.test_empty(torch.float32)
 
     DROPOUT_NORMS = [
         test_dropout_add_layer_norm.TestDropoutAddLayerNorm(),

@@ -99,6 +99,24 @@ def test_gates_move_16_bytes_at_a_time(n):
     assert len(found["glu_fwd"][1].code) <= 19 * 16, "instructions for 16 elements; with a division of 64 bits, 312"
 
 
+def test_gelu_moves_16_bytes_at_a_time():
+    from fastllm.kernels import gelu
+
+    x, bias = _empty(ROWS, 12288), _empty(12288)
+
+    def run() -> None:
+        gelu.gelu_fwd(x, x, bias, False)
+        gelu.gelu_bwd(x, bias, x, x, bias, False)
+
+    found = _compiled(run)
+    assert [found["gelu_fwd"][1].widths(each) for each in ("LDG", "STG")] == [{128: 4}, {128: 2}]
+    launch, kernel = found["gelu_bwd"]
+    (loop,) = kernel.loops()
+    assert [kernel.widths(each) for each in ("LDG", "STG")] == [{128: 6}, {128: 6}]
+    assert (loop.count("LDG"), loop.count("STG")) == (4, 2), "the bias is read once, its gradient written once"
+    assert _programs(launch, kernel) >= launch.grid[0] // 132, "as many as are launched are there at once"
+
+
 @pytest.mark.parametrize("size", [64, 128])
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_rotary_moves_16_bytes_at_a_time(size, interleaved):

@@ -43,6 +43,17 @@ def gated_activations() -> None:
             geglu.geglu_bwd(packed, y, gate, up, tanh)
 
 
+def gelu() -> None:
+    from fastllm.kernels import gelu as kernels
+
+    for dtype in (torch.float32, torch.bfloat16):
+        x, bias = _empty(4096, 11008, dtype=dtype), _empty(11008, dtype=dtype)
+        for tanh in (True, False):
+            kernels.gelu_fwd(x, x, bias, tanh)
+            kernels.gelu_bwd(x, bias, x, x, bias, tanh)
+        kernels.gelu_bwd(x, bias[:0], x, x, None, False)
+
+
 def dropout_norms() -> None:
     from fastllm.kernels import _dropout_norm as kernels
 
@@ -82,7 +93,7 @@ QUICK = ("sm_90", gated_activations)
     [
         pytest.param(target, launcher, marks=() if (target, launcher) == QUICK else pytest.mark.slow)
         for target in TARGETS
-        for launcher in (cross_entropy, dropout_norms, gated_activations, rotary)
+        for launcher in (cross_entropy, dropout_norms, gated_activations, gelu, rotary)
     ],
 )
 def test_resources(launcher, target, capsys):

@@ -5,16 +5,13 @@ namespace fastllm {
 
 namespace {
 
-Gate form(bool tanh) {
-  return tanh ? Gate::kGeluTanh : Gate::kGelu;
-}
-
 Tensor geglu_fwd(const Tensor& gate, const Tensor& up, bool tanh) {
-  return glu_supported(gate) ? glu_fwd(form(tanh), gate, up) : call_fallback<1>("geglu_fwd", gate, up, tanh)[0];
+  return glu_supported(gate) ? glu_fwd(gelu_form(tanh), gate, up) : call_fallback<1>("geglu_fwd", gate, up, tanh)[0];
 }
 
 Tensor geglu_bwd(const Tensor& dy, const Tensor& gate, const Tensor& up, bool tanh) {
-  return glu_supported(gate) ? glu_bwd(form(tanh), dy, gate, up) : call_fallback<1>("geglu_bwd", dy, gate, up, tanh)[0];
+  return glu_supported(gate) ? glu_bwd(gelu_form(tanh), dy, gate, up)
+                             : call_fallback<1>("geglu_bwd", dy, gate, up, tanh)[0];
 }
 
 }  // namespace

@@ -19,13 +19,14 @@ inline void check_like(const char* what, const Tensor& t, const Tensor& gate) {
   check_argument(fits, what, t, gate);
 }
 
-// Calls f(row, begin, end) for pieces of every row, on all threads.
+// Calls f(row, begin, end) for pieces of every row, on all threads; or f(block, begin, end) for pieces of every block
+// of `block_rows` rows.
 template <class F>
-void for_pieces(int64_t rows, int64_t n, F f) {
+void for_pieces(int64_t blocks, int64_t n, F f, int64_t block_rows = 1) {
   constexpr int64_t kPiece = 8192;
   const int64_t pieces = (n + kPiece - 1) / kPiece;
-  const int64_t grain = std::max<int64_t>(1, 16384 / std::min(n, kPiece));
-  torch::stable::parallel_for(0, rows * pieces, grain, [&](int64_t first, int64_t last) {
+  const int64_t grain = std::max<int64_t>(1, 16384 / (block_rows * std::min(n, kPiece)));
+  torch::stable::parallel_for(0, blocks * pieces, grain, [&](int64_t first, int64_t last) {
     for (int64_t piece = first; piece < last; ++piece) {
       const int64_t begin = piece % pieces * kPiece;
       f(piece / pieces, begin, std::min(n, begin + kPiece));
@@ -33,7 +34,11 @@ void for_pieces(int64_t rows, int64_t n, F f) {
   });
 }
 
-inline Tensor glu_fwd(Gate kind, const Tensor& gate, const Tensor& up) {
+inline Activation gelu_form(bool tanh) {
+  return tanh ? Activation::kGeluTanh : Activation::kGelu;
+}
+
+inline Tensor glu_fwd(Activation kind, const Tensor& gate, const Tensor& up) {
   check_like("up", up, gate);
   Tensor y = torch::stable::new_empty(gate, gate.sizes());
   if (gate.numel() == 0) {
@@ -58,7 +63,7 @@ inline Tensor glu_fwd(Gate kind, const Tensor& gate, const Tensor& up) {
 }
 
 // The gradients side by side: (..., 2 n).
-inline Tensor glu_bwd(Gate kind, const Tensor& dy, const Tensor& gate, const Tensor& up) {
+inline Tensor glu_bwd(Activation kind, const Tensor& dy, const Tensor& gate, const Tensor& up) {
   check_like("up", up, gate);
   check_like("dy", dy, gate);
   std::vector<int64_t> sizes(gate.sizes().begin(), gate.sizes().end());

@@ -2,18 +2,17 @@
 #pragma once
 
 #include "../dtype.h"
+#include "activation.h"
 #include "capability.h"
 
 #include <cstdint>
 
 namespace fastllm {
 
-enum class Gate : uint8_t { kSilu, kGeluTanh, kGelu };
-
 // Rows of `n` elements are dense inside and `*_stride` elements apart.
 struct GluFwd {
   DType dtype;
-  Gate kind;
+  Activation kind;
   const void* gate;
   int64_t gate_stride;
   const void* up;
@@ -25,7 +24,7 @@ struct GluFwd {
 
 struct GluBwd {
   DType dtype;
-  Gate kind;
+  Activation kind;
   const void* dy;
   int64_t dy_stride;
   const void* gate;

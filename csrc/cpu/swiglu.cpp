@@ -6,11 +6,12 @@ namespace fastllm {
 namespace {
 
 Tensor swiglu_fwd(const Tensor& gate, const Tensor& up) {
-  return glu_supported(gate) ? glu_fwd(Gate::kSilu, gate, up) : call_fallback<1>("swiglu_fwd", gate, up)[0];
+  return glu_supported(gate) ? glu_fwd(Activation::kSilu, gate, up) : call_fallback<1>("swiglu_fwd", gate, up)[0];
 }
 
 Tensor swiglu_bwd(const Tensor& dy, const Tensor& gate, const Tensor& up) {
-  return glu_supported(gate) ? glu_bwd(Gate::kSilu, dy, gate, up) : call_fallback<1>("swiglu_bwd", dy, gate, up)[0];
+  return glu_supported(gate) ? glu_bwd(Activation::kSilu, dy, gate, up)
+                             : call_fallback<1>("swiglu_bwd", dy, gate, up)[0];
 }
 
 }  // namespace

@@ -10,6 +10,7 @@ from fastllm.ops.cross_entropy import cross_entropy
 from fastllm.ops.dropout_add_layer_norm import dropout_add_layer_norm
 from fastllm.ops.dropout_add_rms_norm import dropout_add_rms_norm
 from fastllm.ops.geglu import geglu
+from fastllm.ops.gelu import gelu
 from fastllm.ops.layer_norm import layer_norm
 from fastllm.ops.linear_cross_entropy import linear_cross_entropy
 from fastllm.ops.rms_norm import rms_norm
@@ -27,6 +28,7 @@ __all__ = [
     "dropout_add_layer_norm",
     "dropout_add_rms_norm",
     "geglu",
+    "gelu",
     "layer_norm",
     "linear_cross_entropy",
     "rms_norm",

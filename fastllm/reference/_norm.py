@@ -64,12 +64,13 @@ def norm_bwd(
     dx = dx * rstd[..., None]
     if dsum is not None:
         dx = dx + dsum.to(dx.dtype)
-    dweight = _parameter_grad(dy * xhat, weight, weight_grad, x)
-    dbias = _parameter_grad(dy, bias, bias_grad, x)
+    dweight = parameter_grad(dy * xhat, weight, weight_grad, x)
+    dbias = parameter_grad(dy, bias, bias_grad, x)
     return dx.to(x.dtype).contiguous(), dweight, dbias
 
 
-def _parameter_grad(per_row: Tensor, parameter: Tensor | None, wanted: bool, x: Tensor) -> Tensor:
+def parameter_grad(per_row: Tensor, parameter: Tensor | None, wanted: bool, x: Tensor) -> Tensor:
+    """The sum of `per_row` (..., N) over rows in the parameter's dtype; empty where it is not asked for."""
     if parameter is None or not wanted:
         return x.new_empty(0, dtype=x.dtype if parameter is None else parameter.dtype)
     rows = tuple(range(x.dim() - 1))

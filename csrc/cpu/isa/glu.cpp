@@ -1,42 +1,14 @@
 // Gated activations. Reference: fastllm/reference/_glu.py.
 //
 //   y = act(g) u          du = dy act(g)          dg = dy u act'(g)
-//
-//   SiLU: g s, s = 1 / (1 + e^-g)                      act' = s (1 + g (1 - s))
-//   GELU: g P, P = (1 + erf(g / sqrt 2)) / 2           act' = P + g e^(-g^2 / 2) / sqrt(2 pi)
-//   its tanh form: g (1 + t) / 2, t = tanh(k (g + c g^3)), k = sqrt(2 / pi), c = 0.044715
-//                                                      act' = (1 + t) / 2 + g (1 - t^2) k (1 + 3 c g^2) / 2
 #include "../glu_rows.h"
-#include "vec_math.h"
+#include "activate.h"
 
 namespace fastllm::FASTLLM_ISA {
 
 namespace {
 
-struct Activated {
-  Vec value, slope;
-};
-
-template <Gate kKind>
-Activated activate(Vec g) {
-  if constexpr (kKind == Gate::kSilu) {
-    const Vec s = sigmoid(g);
-    const Vec value = g * s;
-    return {value, s + value * (1.0f - s)};
-  } else if constexpr (kKind == Gate::kGeluTanh) {
-    constexpr float k = 0.797884561f, c = 0.044715f;
-    const Vec square = g * g;
-    const Vec t = tanh(k * g * (1.0f + c * square));
-    const Vec half = 0.5f * (1.0f + t);
-    return {g * half, half + 0.5f * g * (1.0f - t * t) * (k * (1.0f + 3.0f * c * square))};
-  } else {
-    const Vec gauss = exp(-0.5f * (g * g));
-    const Vec half = 0.5f * (1.0f + erf(g * 0.707106781f, gauss));
-    return {g * half, half + g * gauss * 0.398942280f};
-  }
-}
-
-template <Gate kKind, class T>
+template <Activation kKind, class T>
 void fwd_elements(const GluFwd& a, int64_t row, int64_t begin, int64_t end) {
   const T* gate = static_cast<const T*>(a.gate) + row * a.gate_stride;
   const T* up = static_cast<const T*>(a.up) + row * a.up_stride;
@@ -47,7 +19,7 @@ void fwd_elements(const GluFwd& a, int64_t row, int64_t begin, int64_t end) {
   stream_fence();
 }
 
-template <Gate kKind, class T>
+template <Activation kKind, class T>
 void bwd_elements(const GluBwd& a, int64_t row, int64_t begin, int64_t end) {
   const T* dy = static_cast<const T*>(a.dy) + row * a.dy_stride;
   const T* gate = static_cast<const T*>(a.gate) + row * a.gate_stride;
@@ -66,24 +38,24 @@ void bwd_elements(const GluBwd& a, int64_t row, int64_t begin, int64_t end) {
 template <class T>
 void fwd_typed(const GluFwd& a, int64_t row, int64_t begin, int64_t end) {
   switch (a.kind) {
-    case Gate::kSilu:
-      return fwd_elements<Gate::kSilu, T>(a, row, begin, end);
-    case Gate::kGeluTanh:
-      return fwd_elements<Gate::kGeluTanh, T>(a, row, begin, end);
-    case Gate::kGelu:
-      return fwd_elements<Gate::kGelu, T>(a, row, begin, end);
+    case Activation::kSilu:
+      return fwd_elements<Activation::kSilu, T>(a, row, begin, end);
+    case Activation::kGeluTanh:
+      return fwd_elements<Activation::kGeluTanh, T>(a, row, begin, end);
+    case Activation::kGelu:
+      return fwd_elements<Activation::kGelu, T>(a, row, begin, end);
   }
 }
 
 template <class T>
 void bwd_typed(const GluBwd& a, int64_t row, int64_t begin, int64_t end) {
   switch (a.kind) {
-    case Gate::kSilu:
-      return bwd_elements<Gate::kSilu, T>(a, row, begin, end);
-    case Gate::kGeluTanh:
-      return bwd_elements<Gate::kGeluTanh, T>(a, row, begin, end);
-    case Gate::kGelu:
-      return bwd_elements<Gate::kGelu, T>(a, row, begin, end);
+    case Activation::kSilu:
+      return bwd_elements<Activation::kSilu, T>(a, row, begin, end);
+    case Activation::kGeluTanh:
+      return bwd_elements<Activation::kGeluTanh, T>(a, row, begin, end);
+    case Activation::kGelu:
+      return bwd_elements<Activation::kGelu, T>(a, row, begin, end);
   }
 }
 

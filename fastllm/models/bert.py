@@ -17,10 +17,12 @@ from fastllm.models.layers import (
     IGNORE,
     Block,
     Embedding,
+    Linear,
     Scope,
     add_positions,
     check_ids,
     check_tokens,
+    gelu_of,
     init_weights,
     logits_or_loss,
     make_norm,
@@ -112,12 +114,12 @@ class MaskedHead(nn.Module):
     def __init__(self, config: BertConfig):
         super().__init__()
         self.config = config
-        self.dense = nn.Linear(config.width, config.width)
+        self.dense = Linear(config.width, config.width)
         self.norm = make_norm(config, config.width)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, x: Tensor, embedding: nn.Module, targets: Tensor | None, reduction: str) -> Tensor:
-        x = self.norm(F.gelu(self.dense(x), approximate="tanh" if self.config.mlp == "gelu" else "none"))
+        x = self.norm(gelu_of(self.config, self.dense, x))
         return logits_or_loss(self.config, embedding, x, targets, bias=self.bias, reduction=reduction)
 
 

@@ -345,7 +345,15 @@ class MLP(nn.Module):
             return F.relu(self.up_proj(x_BTC))
         if kind == "silu":
             return F.silu(self.up_proj(x_BTC))
-        return F.gelu(self.up_proj(x_BTC), approximate="tanh" if kind == "gelu" else "none")
+        return gelu_of(self.config, self.up_proj, x_BTC)
+
+
+def gelu_of(config: ModelConfig, linear: nn.Module, x: Tensor) -> Tensor:
+    """gelu(linear(x)), in the form that `config.mlp` says."""
+    gelu, approximate = ops_of(config).gelu, "tanh" if config.mlp == "gelu" else "none"
+    if isinstance(linear, Linear) and config.ops == "fastllm":  # the op adds the bias, torch's product does
+        return linear(x, activation=lambda hidden, bias: gelu(hidden, approximate, bias=bias))
+    return gelu(linear(x), approximate)
 
 
 class Block(nn.Module):

@@ -105,8 +105,8 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     return turned(q), turned(k)
 
 
-def gelu(input: Tensor, approximate: str = "none", *, bias: Tensor | None = None) -> Tensor:
-    return F.gelu(input if bias is None else input + bias, approximate=approximate)
+def gelu(input: Tensor, approximate: str = "none") -> Tensor:
+    return F.gelu(input, approximate=approximate)
 
 
 def swiglu(gate: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ class Contender:
 
 
 def compare(weights: dict[str, Tensor], config: GPTConfig, batches: data.Dataset, rounds: int) -> list[Contender]:
-    """Takes the same training steps (forward, backward, clipping, AdamW) in four ways, one step of each a round."""
+    """Takes the same training steps (forward, backward, clipping, AdamW) in five ways, one step of each a round."""
 
     def contender(name: str, ops: str, backend: str | None = None, compile: bool = False) -> Contender:
         model = GPT(replace(config, ops=ops))
@@ -86,6 +86,7 @@ def compare(weights: dict[str, Tensor], config: GPTConfig, batches: data.Dataset
 
     contenders = [
         contender("fastllm", "fastllm"),
+        contender("fastllm, torch.compile", "fastllm", compile=True),
         contender("fastllm, forced to its reference", "fastllm", backend="reference"),
         contender(EAGER, "torch"),
         contender("torch.compile", "torch", compile=True),

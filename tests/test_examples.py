@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 NEEDS = {
@@ -41,3 +42,17 @@ def test_runs(path):
 
 def test_there_are_examples():
     assert len(EXAMPLES) >= 5
+
+
+def test_the_examples_of_the_language_models_run(capsys):
+    text = (Path(__file__).parent.parent / "docs/language_models.md").read_text()
+    found = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert len(found) == 3
+    for code in found:
+        torch.manual_seed(0)
+        exec(code, {})
+    gpt, bert, pair = capsys.readouterr().out.splitlines()
+    assert gpt == "the quick brown fox jumps over the lazy dog"
+    assert bert == "torch.Size([16, 3]) torch.Size([16, 128])"
+    source, target = (eval(part + "]") for part in pair.split("]")[:2])
+    assert target == [*source[::-1], 1]

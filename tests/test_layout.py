@@ -79,7 +79,7 @@ ALLOWED = {
     "ops": {"backends", "reference", "kernels", "tracing"},
     "nn": {"ops", "tracing"},
     "optim": {"ops", "backends", "tracing"},
-    "models": {"nn", "ops"},
+    "models": {"nn", "ops", "_extras"},
     "data": {"_extras"},
     "patching": {"ops", "backends", "testing", "tracing"},
     "trainer": {"models", "data", "optim", "backends", "_extras", "_version"},

@@ -13,6 +13,7 @@ from fastllm.models import word2vec
 from fastllm.models.word2vec import (
     Sampler,
     Spans,
+    Threads,
     Word2VecConfig,
     WordVectors,
     keep_probability,
@@ -215,18 +216,56 @@ def test_words_of_the_same_contexts_are_neighbours(architecture, words, number, 
             assert other.split(".")[0] == word.split(".")[0], (word, wv.nearest(word, words))
 
 
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_same_seed_gives_the_same_bits(architecture):
+def test_the_same_seed_gives_the_same_bits(architecture, monkeypatch, threads):
     sentences = [line.split() for line in topics_text()[:60_000].splitlines()]
 
-    def train(seed: int) -> torch.Tensor:
-        return train_word2vec(sentences, Word2VecConfig(architecture=architecture, epochs=2, seed=seed)).vectors
+    def train(seed: int, count: int) -> torch.Tensor:
+        torch.set_num_threads(count)
+        # Without trials, all in that number of threads.
+        monkeypatch.setattr(Threads, "took", lambda self, seconds: self._start(count))
+        config = Word2VecConfig(architecture=architecture, epochs=2, seed=seed)
+        vectors = train_word2vec(sentences, config).vectors
+        assert torch.get_num_threads() == count
+        return vectors
 
-    first = train(3)
+    first = train(3, 1)
     state = torch.random.get_rng_state()
-    assert torch.equal(first, train(3))
+    for count in (1, 2, 3):
+        assert torch.equal(first, train(3, count))
     assert torch.equal(state, torch.random.get_rng_state()), "torch's own generator is left alone"
-    assert not torch.equal(first, train(4))
+    assert not torch.equal(first, train(4, 1))
+
+
+def test_the_faster_number_of_threads_is_kept(threads, monkeypatch):
+    waited = False
+    monkeypatch.setattr(Threads, "_waited", lambda self: waited)
+
+    def used(one: float, all_of_them: float) -> list[int]:
+        torch.set_num_threads(3)
+        with Threads() as choice:
+            found = []
+            for _ in range(2000):
+                found.append(choice.threads)
+                assert torch.get_num_threads() == choice.threads
+                choice.took(one if choice.threads == 1 else all_of_them)
+        assert torch.get_num_threads() == 3
+        return found
+
+    slower = used(0.001, 0.010)
+    assert slower[:20] == [1] * 20
+    assert 3 <= slower.count(3) <= 10, "a trial is given up as soon as it is lost, and comes less and less often"
+    assert used(0.001, 0.0008).count(3) / 2000 > 0.7
+    assert used(0.001, 0.00095).count(1) > 1800, "a little faster is not enough"
+    waited = True
+    assert used(0.001, 0.0008).count(1) == 2000
 
 
 def test_long_corpora_are_trained_piece_by_piece(monkeypatch):

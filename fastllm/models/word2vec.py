@@ -16,6 +16,7 @@ either side), K words of noise, N words to be scored, D the width of a vector, V
 from __future__ import annotations
 
 import math
+import time
 from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -30,11 +31,12 @@ from fastllm._extras import require
 from fastllm.models.word_vectors import WordVectors
 
 _SPAN = 16  # T, unless the rate is high, and K, unless there are more negatives
-_BATCH = 512  # positions whose steps are made at once, at most
+_BATCH = 1024  # positions whose steps are made at once, at most
 _OF_A_WORD, _OF_A_NOISE_WORD = 3.0, 15.0  # rates that may add up for a word in a batch, and for one draw of noise
 _CHUNK = 1 << 18  # words of the corpus for which windows are made at a time; none reaches over its end
 _LOSS_EVERY = 8  # batches
 _PATIENCE = 2.0  # seconds before a progress bar is shown
+_TRIAL, _PAUSES = 8, (0.02, 0.5)  # batches in another number of threads, and seconds of batches between two trials
 
 
 @dataclass(frozen=True)
@@ -176,8 +178,9 @@ class Sampler:
         cumulative_V = noise_distribution(corpus.counts_V, config.noise_exponent).cumsum(0)
         self.cumulative_V = cumulative_V / cumulative_V[-1]
         # Steps that are made at once overshoot where they all move one word: few positions for few words, and for a
-        # high rate. A position has window + 1 pairs on average.
-        steps = config.learning_rate * (config.window + 1) * (config.negatives + 1)
+        # high rate. A position is window + 1 pairs on average; CBOW takes a third of that, by trial (docs/word2vec.md).
+        pairs = (config.window + 1) / (1 if config.architecture == "skip_gram" else 3)
+        steps = config.learning_rate * pairs * (config.negatives + 1)
         kept_V = self.keep_V * corpus.counts_V
         positions = max(1, min(_BATCH, int(_OF_A_WORD / (steps * float(kept_V.max() / kept_V.sum())))))
         self.span = max(1, min(_SPAN, positions, int(_OF_A_NOISE_WORD / steps)))
@@ -226,21 +229,6 @@ class Sampler:
             yield Spans(*(tensor[start : start + self.batch] for tensor in shuffled)), start / len(order)
 
 
-def _descend(hidden_BTD: Tensor, scored_BND: Tensor, weight_BTN: Tensor, positives: int, rate: float) -> list[Tensor]:
-    """-rate times the gradients of sum(weight * -log sigmoid(+-score)), of what was scored against what."""
-    slope_BTN = torch.bmm(hidden_BTD, scored_BND.mT).sigmoid_()
-    slope_BTN[..., :positives] -= 1
-    slope_BTN.mul_(weight_BTN).mul_(-rate)
-    return [torch.bmm(slope_BTN, scored_BND), torch.bmm(slope_BTN.mT, hidden_BTD)]
-
-
-def _loss(hidden_BTD: Tensor, scored_BND: Tensor, weight_BTN: Tensor, positives: int) -> float:
-    """The mean loss of a pair (skip-gram) or position (CBOW)."""
-    score_BTN = torch.bmm(hidden_BTD, scored_BND.mT)
-    score_BTN[..., :positives].neg_()
-    return float((F.softplus(score_BTN) * weight_BTN).sum() / weight_BTN[..., :positives].sum().clamp(min=1))
-
-
 def train_step(
     inputs_VD: Tensor,
     outputs_VD: Tensor,
@@ -271,8 +259,15 @@ def train_step(
     scored_BND = F.embedding(scored_BN, outputs_VD)
     weight_BTN = torch.cat((positive_BTP, noise_BT1.expand(-1, -1, spans.noise_BK.shape[1])), -1)
     positives = targets_BP.shape[1]
-    loss = _loss(hidden_BTD, scored_BND, weight_BTN, positives) if with_loss else None
-    hidden_step_BTD, scored_step_BND = _descend(hidden_BTD, scored_BND, weight_BTN, positives, rate)
+    slope_BTN = torch.bmm(hidden_BTD, scored_BND.mT)  # the scores, as yet
+    loss = None
+    if with_loss:  # softplus(-score) = softplus(score) - score
+        total = (F.softplus(slope_BTN) * weight_BTN).sum() - (slope_BTN[..., :positives] * positive_BTP).sum()
+        loss = float(total / positive_BTP.sum().clamp(min=1))
+    slope_BTN.sigmoid_()
+    slope_BTN[..., :positives] -= 1
+    slope_BTN.mul_(weight_BTN).mul_(-rate)
+    hidden_step_BTD, scored_step_BND = torch.bmm(slope_BTN, scored_BND), torch.bmm(slope_BTN.mT, hidden_BTD)
     outputs_VD.index_add_(0, scored_BN.flatten(), scored_step_BND.flatten(0, 1))
     if architecture == "skip_gram":
         inputs_VD.index_add_(0, words_BT.flatten(), hidden_step_BTD.flatten(0, 1))
@@ -284,12 +279,63 @@ def train_step(
     return loss
 
 
+class Threads:
+    """Gives batches one thread or all of torch's, whichever was faster when last tried; the vectors are the same bits.
+
+    The products of a batch take microseconds. Where other programs want the processor too, threads wait for each other
+    far longer than they compute.
+    """
+
+    def __enter__(self) -> Threads:
+        self.most = torch.get_num_threads()
+        self.pause = _PAUSES[0]
+        self.limit: float | None = None  # seconds in which a trial must be done; None outside of one
+        self._start(1)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        torch.set_num_threads(self.most)
+
+    def _start(self, threads: int) -> None:
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        self.threads, self.seconds, self.batches = threads, 0.0, 0
+        self.began = time.perf_counter(), time.thread_time()
+
+    def _waited(self) -> bool:
+        """Whether one thread alone has had to wait for a processor: more would wait for each other as well."""
+        wall, own = time.perf_counter() - self.began[0], time.thread_time() - self.began[1]
+        return own < 0.9 * wall
+
+    def took(self, seconds: float) -> None:
+        """A batch is done."""
+        self.seconds += seconds
+        self.batches += 1
+        other = 1 + self.most - self.threads
+        if self.limit is None:
+            if self.most > 1 and self.seconds > self.pause:
+                if self.threads > 1 or not self._waited():
+                    self.limit = 0.9 * self.seconds / self.batches * _TRIAL
+                    self._start(other)
+                else:
+                    self._start(1)
+        elif self.seconds > self.limit:  # no need to see the rest of it
+            # To go back to one thread is tried often: it costs little, and other programs may begin at any time.
+            self.pause, self.limit = min(2 * self.pause, _PAUSES[1]) if other == 1 else _PAUSES[0], None
+            self._start(other)
+        elif self.batches == _TRIAL:
+            self.pause, self.limit = _PAUSES[0], None
+            self._start(self.threads)
+
+
 def train_word2vec(
     sentences: Iterable[Iterable[str]],
     config: Word2VecConfig | None = None,
     on_epoch: Callable[[int, float], None] | None = None,
 ) -> WordVectors:
-    """Trains word vectors on the CPU, with torch's threads. On a terminal, long work shows its progress on stderr.
+    """Trains word vectors on the CPU. On a terminal, long work shows its progress on stderr.
+
+    One thread or all of torch's compute, whichever is faster at the time; torch.set_num_threads is put back at the end.
 
     Args:
         sentences: lists of words; read once, and kept in memory as 8 bytes a word.
@@ -298,8 +344,8 @@ def train_word2vec(
             of a position (CBOW), in every eighth batch before its step.
 
     Returns:
-        The input vectors, in the order of falling counts. The same sentences, seed and number of threads give the same
-        bits on the same machine.
+        The input vectors, in the order of falling counts. The same sentences and seed give the same bits on the same
+        machine, whatever the number of threads.
 
     Raises:
         TypeError: for a sentence that is a string, and a word that is not.
@@ -323,7 +369,7 @@ def train_word2vec(
         disable=None,
         dynamic_ncols=True,
     )
-    with bar:
+    with bar, Threads() as threads:
         for epoch in range(config.epochs):
             total, count = 0.0, 0
             for start in range(0, n, _CHUNK):
@@ -332,6 +378,7 @@ def train_word2vec(
                 for number, (spans, share) in enumerate(sampler.batches(corpus.tokens[piece], corpus.sentence[piece])):
                     done = (epoch * n + start + share * size) / (config.epochs * n)
                     rate = config.learning_rate + done * (config.min_learning_rate - config.learning_rate)
+                    started = time.perf_counter()
                     loss = train_step(
                         inputs_VD,
                         outputs_VD,
@@ -341,6 +388,7 @@ def train_word2vec(
                         rate,
                         with_loss=number % _LOSS_EVERY == 0,
                     )
+                    threads.took(time.perf_counter() - started)
                     if loss is not None:
                         total, count = total + loss, count + 1
                 bar.update(size)

@@ -35,6 +35,7 @@ _BATCH = 1024  # positions whose steps are made at once, at most
 _OF_A_WORD, _OF_A_NOISE_WORD = 3.0, 15.0  # rates that may add up for a word in a batch, and for one draw of noise
 _CHUNK = 1 << 18  # words of the corpus for which windows are made at a time; none reaches over its end
 _LOSS_EVERY = 8  # batches
+_BOUND = 1e4  # of what is in a vector, far from all that is of use
 _PATIENCE = 2.0  # seconds before a progress bar is shown
 _TRIAL, _PAUSES = 8, (0.02, 0.5)  # batches in another number of threads, and seconds of batches between two trials
 
@@ -392,8 +393,8 @@ def train_word2vec(
                     if loss is not None:
                         total, count = total + loss, count + 1
                 bar.update(size)
-            if not inputs_VD.isfinite().all():
-                raise FloatingPointError(f"epoch {epoch}: vectors are not finite; a lower learning_rate may help")
+            if not inputs_VD.abs().max() < _BOUND:  # false for NaN
+                raise FloatingPointError(f"epoch {epoch}: vectors grow beyond bounds; a lower learning_rate may help")
             if count:
                 bar.set_postfix(loss=f"{total / count:.3f}", refresh=False)
             if on_epoch is not None:

@@ -169,7 +169,8 @@ def case(
 
 
 def _bert_layout(model: Bert, tokens: Tensor, targets: Tensor) -> dict[str, Any]:
-    return {"layout": model.layout(tokens)}
+    layout = model.layout(tokens)
+    return {"layout": layout, "chosen_M": model.chosen(targets, layout)}
 
 
 def _pair_layouts(model: Transformer, source: Tensor, targets: Tensor) -> dict[str, Any]:

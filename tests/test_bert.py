@@ -172,8 +172,12 @@ def test_compiles_without_graph_breaks(head):
     tokens, targets = batch(), targets_of(head)
     for turned in (0, 1):
         tokens = tokens.roll(turned, 0)
-        loss = compiled(tokens, targets, layout=model.layout(tokens))
+        layout = model.layout(tokens)
+        loss = compiled(tokens, targets, layout=layout)
         torch.testing.assert_close(loss, model(tokens, targets))
+        if head == "mlm":
+            loss = compiled(tokens, targets, layout=layout, chosen_M=model.chosen(targets, layout))
+            torch.testing.assert_close(loss, model(tokens, targets))
 
 
 TWO = torch.tensor([[1, 2]])

@@ -160,9 +160,8 @@ class Bert(nn.Module):
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def layout(self, tokens_BT: Tensor, mask_BT: Tensor | None = None) -> Layout | None:
-        """Where the tokens lie among the padding: `mask_BT` (True for a token), or what is not `pad_token`. None where
-        nothing is padding.
+    def layout(self, tokens_BT: Tensor, mask_BT: Tensor | None = None) -> Layout:
+        """Where the tokens lie among the padding: `mask_BT` (True for a token), or what is not `pad_token`.
 
         Raises:
             ValueError: for what `forward` says of tokens and masks.
@@ -170,27 +169,28 @@ class Bert(nn.Module):
         check_tokens("Bert", tokens_BT, self.config.vocab_size, self.config.context)
         if mask_BT is None:
             if self.config.pad_token is None:
-                return None
+                return Layout.whole(tokens_BT)
             mask_BT = tokens_BT != self.config.pad_token
         if mask_BT.shape != tokens_BT.shape:
             raise ValueError(f"Bert: mask has shape {tuple(mask_BT.shape)}, tokens {tuple(tokens_BT.shape)}")
         return Layout.of_padded("Bert", mask_BT.bool(), packed=self.config.ops == "fastllm")
 
-    def hidden(self, tokens_BT: Tensor, types_BT: Tensor | None = None, layout: Layout | None = None) -> Tensor:
+    def chosen(self, targets_BT: Tensor, layout: Layout) -> Tensor:
+        """The positions that "mlm" and "pretraining" predict, (M,) in the flattened batch that `layout` packs."""
+        return (layout.pack(targets_BT).flatten() != IGNORE).nonzero()[:, 0]
+
+    def hidden(self, tokens_BT: Tensor, types_BT: Tensor | None, layout: Layout) -> Tensor:
         """The last hidden states, (B, T, C), or where `layout` leaves padding out (1, N, C)."""
         config = self.config
         if types_BT is not None and types_BT.shape != tokens_BT.shape:
             raise ValueError(f"Bert: types have shape {tuple(types_BT.shape)}, tokens {tuple(tokens_BT.shape)}")
-        at: Tensor | slice = slice(0, tokens_BT.shape[1])
-        if layout is not None:
-            tokens_BT, at = layout.pack(tokens_BT), layout.positions
-            types_BT = None if types_BT is None else layout.pack(types_BT)
-        x_BTC = self.embedding(tokens_BT)
+        tokens, at = layout.pack(tokens_BT), layout.positions
+        x_BTC = self.embedding(tokens)
         if self.token_types is not None:
-            types_BT = torch.zeros_like(tokens_BT) if types_BT is None else types_BT
-            if (seen := host_values(types_BT)) is not None and (seen.min() < 0 or seen.max() >= config.token_types):
+            types = torch.zeros_like(tokens) if types_BT is None else layout.pack(types_BT)
+            if (seen := host_values(types)) is not None and (seen.min() < 0 or seen.max() >= config.token_types):
                 raise ValueError(f"Bert: token types must be in [0, {config.token_types}), got {int(seen.max())}")
-            x_BTC = x_BTC + self.token_types(types_BT)
+            x_BTC = x_BTC + self.token_types(types)
         x_BTC = self.dropout(self.embedding_norm(add_positions(x_BTC, at, self.positions, self.tables)))
         dropout = config.dropout if self.training else 0.0
         return run_blocks(self.blocks, self.norm, x_BTC, Scope(layout, rotary_at(at, self.tables)), dropout)
@@ -204,6 +204,7 @@ class Bert(nn.Module):
         mask_BT: Tensor | None = None,
         reduction: str = "mean",
         layout: Layout | None = None,
+        chosen_M: Tensor | None = None,
     ) -> Any:
         """What the head gives, or its loss where targets are given.
 
@@ -217,6 +218,7 @@ class Bert(nn.Module):
             reduction: "mean" over the valid targets or "sum".
             layout: `self.layout(tokens_BT, mask_BT)`, which a compiled model cannot find by itself without leaving its
                 graph; found here unless given.
+            chosen_M: `self.chosen(targets, layout)`, likewise.
 
         Returns:
             Without targets: "mlm" (B, T, V), "tokens" (B, T, labels), "classification" (B, labels), "span" (B, 2, T),
@@ -232,43 +234,45 @@ class Bert(nn.Module):
         x = self.hidden(tokens_BT, types_BT, layout)
         head = self.config.head
         if head == "mlm":
-            return self._masked(x, layout, targets, reduction)
+            return self._masked(x, layout, targets, reduction, chosen_M)
         if head == "pretraining":
             masked, follows = (None, None) if targets is None else targets
-            logits = self._masked(x, layout, masked, reduction)
+            logits = self._masked(x, layout, masked, reduction, chosen_M)
             assert self.next_head is not None
             next_logits_B2 = self.next_head(self._pooled(x, layout))
             if targets is None:
                 return logits, next_logits_B2
             return logits + self._loss(next_logits_B2, follows, reduction)
         if self.head is None:
-            return x if layout is None else layout.unpack(x)
+            return layout.unpack(x)
         if head == "classification":
             logits = self.head(self.head_dropout(self._pooled(x, layout)))
             return logits if targets is None else self._loss(logits, targets, reduction)
         logits = self.head(self.head_dropout(x))
         if head == "tokens":
             if targets is None:
-                return logits if layout is None else layout.unpack(logits)
-            return self._loss(logits, targets if layout is None else layout.pack(targets), reduction)
+                return layout.unpack(logits)
+            return self._loss(logits, layout.pack(targets), reduction)
         return self._span(logits, layout, targets, reduction)
 
-    def _masked(self, x: Tensor, layout: Layout | None, targets_BT: Tensor | None, reduction: str) -> Tensor:
+    def _masked(
+        self, x: Tensor, layout: Layout, targets_BT: Tensor | None, reduction: str, chosen_M: Tensor | None
+    ) -> Tensor:
         assert self.masked_head is not None
         if targets_BT is None:
             logits = self.masked_head(x, self.embedding, None, reduction)
-            return logits if layout is None else layout.unpack(logits)
-        targets = targets_BT if layout is None else layout.pack(targets_BT)
-        if not torch.compiler.is_compiling():
-            # The head is the larger part of a small model, and one token in seven is masked.
-            chosen = (targets.flatten() != IGNORE).nonzero()[:, 0]
-            x, targets = x.flatten(0, 1).index_select(0, chosen), targets.flatten()[chosen]
+            return layout.unpack(logits)
+        if chosen_M is None and not torch.compiler.is_compiling():
+            chosen_M = self.chosen(targets_BT, layout)
+        targets = layout.pack(targets_BT)
+        if chosen_M is not None:  # the head is the larger part of a small model, and one token in seven is masked
+            x, targets = x.flatten(0, 1).index_select(0, chosen_M), targets.flatten()[chosen_M]
         return self.masked_head(x, self.embedding, targets, reduction)
 
-    def _pooled(self, x: Tensor, layout: Layout | None) -> Tensor:
+    def _pooled(self, x: Tensor, layout: Layout) -> Tensor:
         """The pooler's output for each row's first token, (B, C)."""
         assert self.pooler is not None
-        if layout is None or layout.cu_seqlens is None:
+        if layout.cu_seqlens is None:
             return self.pooler(x[:, 0])
         return self.pooler(x[0].index_select(0, layout.cu_seqlens[:-1].long()))
 
@@ -277,11 +281,10 @@ class Bert(nn.Module):
             logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORE, reduction=reduction, dtype=torch.float32
         )
 
-    def _span(self, logits: Tensor, layout: Layout | None, targets_B2: Tensor | None, reduction: str) -> Tensor:
-        if layout is not None:
-            logits = layout.unpack(logits, fill=-torch.inf)
-            if layout.mask is not None:
-                logits = logits.masked_fill(~layout.mask[:, 0, 0, :, None], -torch.inf)
+    def _span(self, logits: Tensor, layout: Layout, targets_B2: Tensor | None, reduction: str) -> Tensor:
+        logits = layout.unpack(logits, fill=-torch.inf)
+        if layout.mask is not None:
+            logits = logits.masked_fill(~layout.mask[:, 0, 0, :, None], -torch.inf)
         logits_B2T = logits.mT
         if targets_B2 is None:
             return logits_B2T
@@ -312,7 +315,7 @@ class Bert(nn.Module):
             x = self.hidden(tokens_BT, inputs.get("types_BT"), layout)
         finally:
             self.train(training)
-        if layout is None:
+        if layout.kept_N is None and layout.mask is None:
             return x if pool is None else x.mean(1) if pool == "mean" else x[:, 0]
         x_BTC = layout.unpack(x)
         if layout.mask is not None:

@@ -144,14 +144,14 @@ class GPT(nn.Module):
         check_tokens("GPT", tokens_BT, self.config.vocab_size, self.config.context, start)
         if documents is None and cache is None:
             documents = self.documents(tokens_BT)
-        end = start + tokens_BT.shape[1]
-        at: Tensor | slice = slice(start, end) if documents is None else documents.positions
+        layout = Layout.whole(tokens_BT, start) if documents is None else documents
+        at = layout.positions
         x_BTC = self.dropout(add_positions(self.embedding(tokens_BT), at, self.positions, self.tables))
-        scope = Scope(documents, rotary_at(at, self.tables), cache=cache)
+        scope = Scope(layout, rotary_at(at, self.tables), cache=cache)
         dropout = self.config.dropout if self.training else 0.0
         x_BTC = run_blocks(self.blocks, self.norm, x_BTC, scope, dropout)
         if cache is not None:
-            cache.filled = end
+            cache.filled = start + tokens_BT.shape[1]
         head = self.embedding if self.head is None else self.head
         return logits_or_loss(self.config, head, x_BTC, targets_BT, reduction=reduction)
 

@@ -28,7 +28,7 @@ IGNORE = -100
 class Scope(NamedTuple):
     """What attention needs to know beside its input."""
 
-    layout: Layout | None = None  # None: rows of one length, all of them tokens
+    layout: Layout
     rotary: tuple[Tensor, Tensor] | None = None  # cos and sin
     bias: Tensor | None = None  # (1, H, T, S), added to the scores
     cache: KVCache | None = None
@@ -259,7 +259,7 @@ class Attention(nn.Module):
 
     def _attend(self, q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, scope: Scope) -> Tensor:
         layout, bias, cache = scope.layout, scope.bias, scope.cache
-        if layout is not None and layout.cu_seqlens is not None:
+        if layout.cu_seqlens is not None:
             return self._attend_packed(q_BTHD, k_BTHD, v_BTHD, layout, layout)
         q_BHTD, k_BHTD, v_BHTD = (x.transpose(1, 2) for x in (q_BTHD, k_BTHD, v_BTHD))
         ops = ops_of(self.config)
@@ -271,8 +271,7 @@ class Attention(nn.Module):
             ).transpose(1, 2)  # fmt: skip
         if cache is not None:
             k_BHTD, v_BHTD = cache.append(self.layer, k_BHTD, v_BHTD)
-        mask = None if layout is None else layout.mask
-        return self._attend_rows(q_BHTD, k_BHTD, v_BHTD, mask, bias)
+        return self._attend_rows(q_BHTD, k_BHTD, v_BHTD, layout.mask, bias)
 
     def _attend_rows(self, q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, mask: Any, bias: Tensor | None) -> Tensor:
         documents = mask is not None and mask.shape[2] > 1  # which says what is earlier, too
@@ -309,18 +308,18 @@ class Attention(nn.Module):
     def _attend_memory(self, x_BTC: Tensor, scope: Scope) -> Tensor:
         (q_BTHD,) = self._split(self.q_proj(x_BTC), self.heads)
         keys, cache = scope.memory_layout, scope.cache
+        assert keys is not None
         if cache is not None:
             if self.layer not in cache.memory:
                 k, v = self._split(self.kv_proj(scope.memory), self.kv_heads, self.kv_heads)
                 cache.memory[self.layer] = k.transpose(1, 2), v.transpose(1, 2)
             k_BHSD, v_BHSD = cache.memory[self.layer]
-            return self._attend_rows(q_BTHD.transpose(1, 2), k_BHSD, v_BHSD, keys and keys.mask, None)
+            return self._attend_rows(q_BTHD.transpose(1, 2), k_BHSD, v_BHSD, keys.mask, None)
         k_BSHD, v_BSHD = self._split(self.kv_proj(scope.memory), self.kv_heads, self.kv_heads)
-        if keys is not None and keys.cu_seqlens is not None:
-            assert scope.layout is not None  # both sides are packed, or neither is
+        if keys.cu_seqlens is not None:  # both sides are packed, or neither is
             return self._attend_packed(q_BTHD, k_BSHD, v_BSHD, scope.layout, keys)
         q_BHTD, k_BHSD, v_BHSD = (x.transpose(1, 2) for x in (q_BTHD, k_BSHD, v_BSHD))
-        return self._attend_rows(q_BHTD, k_BHSD, v_BHSD, keys and keys.mask, None)
+        return self._attend_rows(q_BHTD, k_BHSD, v_BHSD, keys.mask, None)
 
 
 class MLP(nn.Module):

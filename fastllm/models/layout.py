@@ -20,11 +20,17 @@ class Layout(NamedTuple):
     """
 
     rows: tuple[int, int]  # (B, T), as they came
-    positions: Tensor  # (B, T), or (1, N) where padding is left out: each token's place in its row or document
-    kept_N: Tensor | None  # (N,) the tokens, in the flattened batch, that are no padding; None: all are there
-    cu_seqlens: Tensor | None  # (number of sequences + 1,) int32, where they start in the packed batch
+    positions: Tensor | slice  # (B, T), or (1, N) where padding is left out: a token's place in its row or document
     longest: int  # a sequence has no more tokens
-    mask: Tensor | None  # True where a position sees another: (B, 1, 1, T), or (B, 1, T, T) of documents
+    kept_N: Tensor | None = None  # (N,) the tokens, in the flattened batch, that are no padding; None: all are there
+    cu_seqlens: Tensor | None = None  # (number of sequences + 1,) int32, where they start in the packed batch
+    mask: Tensor | None = None  # True where a position sees another: (B, 1, 1, T), or (B, 1, T, T) of documents
+
+    @classmethod
+    def whole(cls, tokens_BT: Tensor, start: int = 0) -> Layout:
+        """Rows of one length, each a sequence, of which the first `start` positions are behind us."""
+        rows = tokens_BT.shape[0], tokens_BT.shape[1]
+        return cls(rows, slice(start, start + rows[1]), rows[1])
 
     @classmethod
     def of_documents(cls, tokens_BT: Tensor, document_token: int, packed: bool) -> Layout:
@@ -36,14 +42,14 @@ class Layout(NamedTuple):
         rows, longest = (tokens_BT.shape[0], tokens_BT.shape[1]), tokens_BT.shape[1]
         if packed:
             cu = F.pad(start_BT.flatten().nonzero()[:, 0], (0, 1), value=start_BT.numel()).int()
-            return cls(rows, positions_BT, None, cu, longest, None)
+            return cls(rows, positions_BT, longest, cu_seqlens=cu)
         number_BT = start_BT.cumsum(1)
         mask_BTT = (number_BT[:, :, None] == number_BT[:, None, :]) & (place_T[:, None] >= place_T)
-        return cls(rows, positions_BT, None, None, longest, mask_BTT[:, None])
+        return cls(rows, positions_BT, longest, mask=mask_BTT[:, None])
 
     @classmethod
-    def of_padded(cls, name: str, mask_BT: Tensor, packed: bool, always: bool = False) -> Layout | None:
-        """Rows that are padded to one length; None where nothing is padding, unless there shall `always` be one.
+    def of_padded(cls, name: str, mask_BT: Tensor, packed: bool, always: bool = False) -> Layout:
+        """Rows that are padded to one length; `whole` where nothing is padding, unless they shall `always` be packed.
 
         Args:
             name: whose input it is, for messages.
@@ -57,16 +63,22 @@ class Layout(NamedTuple):
         seen = host_values(mask_BT)
         if seen is not None:
             if seen.all() and not always:
-                return None
+                return cls.whole(mask_BT)
             if not (any_B := seen.any(1)).all():
                 raise ValueError(f"{name}: row {int((~any_B).nonzero()[0])} is all padding")
         rows, longest = (mask_BT.shape[0], mask_BT.shape[1]), mask_BT.shape[1]
         positions_BT = torch.arange(longest, device=mask_BT.device).expand(rows)
         if not packed:
-            return cls(rows, positions_BT, None, None, longest, mask_BT[:, None, None])
+            return cls(rows, positions_BT, longest, mask=mask_BT[:, None, None])
         kept_N = mask_BT.flatten().nonzero()[:, 0]
         cu = F.pad(mask_BT.sum(1).cumsum(0), (1, 0)).int()
-        return cls(rows, positions_BT.flatten()[kept_N][None], kept_N, cu, longest, None)
+        return cls(rows, positions_BT.flatten()[kept_N][None], longest, kept_N, cu)
+
+    def at(self, offset: int) -> Tensor | slice:
+        """The positions, so many further on."""
+        if isinstance(self.positions, slice):
+            return slice(self.positions.start + offset, self.positions.stop + offset)
+        return self.positions + offset
 
     def pack(self, x_BT: Tensor) -> Tensor:
         """(B, T) to (1, N), without padding; as it is where padding stays."""

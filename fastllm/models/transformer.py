@@ -126,9 +126,9 @@ class TransformerConfig(ModelConfig):
 
 
 class Layouts(NamedTuple):
-    """Where source and target tokens lie among their padding."""
+    """Where source and target tokens lie among their padding; the target None where it is decoded token by token."""
 
-    source: Layout | None
+    source: Layout
     target: Layout | None
 
 
@@ -146,18 +146,14 @@ class Side(nn.Module):
         self.blocks = nn.ModuleList(Block(config, i, causal=decoder, cross=decoder) for i in range(layers))
         self.norm = make_norm(config, config.width) if config.norm_first else None
 
-    def forward(self, x: Tensor, layout: Layout | None, scope: Scope, start: int = 0) -> Tensor:
-        """(B, T, C) embeddings at positions from `start` on, or as `layout` has them, to hidden states."""
-        offset = self.config.position_offset
-        at: Tensor | slice = slice(start + offset, start + offset + x.shape[1])
-        if layout is not None:
-            at = layout.positions + offset
+    def forward(self, x: Tensor, scope: Scope) -> Tensor:
+        """Embeddings to hidden states, (B, T, C), or (1, N, C) where the layout leaves padding out."""
+        at = scope.layout.at(self.config.position_offset)
         x = add_positions(x, at, self.positions, self.tables)
         x = self.dropout(x if self.embedding_norm is None else self.embedding_norm(x))
-        bias = None
-        if self.relative is not None:
-            bias = self.relative(x.shape[1], start + x.shape[1])
-        scope = scope._replace(layout=layout, rotary=rotary_at(at, self.tables), bias=bias)
+        start = 0 if scope.cache is None else scope.cache.filled
+        bias = None if self.relative is None else self.relative(x.shape[1], start + x.shape[1])
+        scope = scope._replace(rotary=rotary_at(at, self.tables), bias=bias)
         return run_blocks(self.blocks, self.norm, x, scope, self.config.dropout if self.training else 0.0)
 
 
@@ -230,17 +226,16 @@ class Transformer(nn.Module):
         mask_BT = valid_BT.flip(1).cumsum(1).flip(1) > 0
         target = Layout.of_padded("Transformer: targets", mask_BT, self._packs)
         if not self._packs:
-            return Layouts(source, None)  # what is behind the last token, causal attention does not see
-        if (source is None) != (target is None):  # both sides are packed, or neither is
+            return Layouts(source, Layout.whole(targets_BT))  # what is behind the last token, nobody before it sees
+        if (source.kept_N is None) != (target.kept_N is None):  # both sides are packed, or neither is
             source = Layout.of_padded("", mask_BS, True, always=True)
             target = Layout.of_padded("", mask_BT, True, always=True)
         return Layouts(source, target)
 
-    def encode(self, source_BS: Tensor, layout: Layout | None = None) -> Tensor:
+    def encode(self, source_BS: Tensor, layout: Layout) -> Tensor:
         """The encoder's output (B, S, C), or where `layout` leaves padding out (1, N, C)."""
         embedding = self.embedding if self.source_embedding is None else self.source_embedding
-        tokens = source_BS if layout is None else layout.pack(source_BS)
-        return self.encoder(self._embed(embedding, tokens), layout, Scope())
+        return self.encoder(self._embed(embedding, layout.pack(source_BS)), Scope(layout))
 
     def _embed(self, embedding: Embedding, tokens: Tensor) -> Tensor:
         x = embedding(tokens)
@@ -258,27 +253,24 @@ class Transformer(nn.Module):
         label_smoothing: float = 0.0,
     ) -> Tensor:
         """Logits (B, T, V) behind the tokens, given what `encode` returned; with targets their loss."""
-        target = layouts.target
         start = 0 if cache is None else cache.filled
-        tokens = tokens_BT if target is None else target.pack(tokens_BT)
-        scope = Scope(cache=cache, memory=memory, memory_layout=layouts.source)
-        x = self.decoder(self._embed(self.embedding, tokens), target, scope, start)
+        target = Layout.whole(tokens_BT, start) if layouts.target is None else layouts.target
+        scope = Scope(target, cache=cache, memory=memory, memory_layout=layouts.source)
+        x = self.decoder(self._embed(self.embedding, target.pack(tokens_BT)), scope)
         if cache is not None:
             cache.filled = start + tokens_BT.shape[1]
         if self.config.scale_logits:
             x = x * self.config.width**-0.5
-        if targets_BT is not None and target is not None:
-            targets_BT = target.pack(targets_BT)
         found = logits_or_loss(
             self.config,
             self.embedding if self.head is None else self.head,
             x,
-            targets_BT,
+            None if targets_BT is None else target.pack(targets_BT),
             bias=self.logits_bias,
             reduction=reduction,
             label_smoothing=label_smoothing,
         )
-        return found if target is None or targets_BT is not None else target.unpack(found)
+        return target.unpack(found) if targets_BT is None else found
 
     def forward(
         self,
@@ -321,7 +313,7 @@ class Transformer(nn.Module):
         if layouts is None:
             check_tokens("Transformer", tokens_BT, self.config.vocab_size, self.config.context, what="target tokens")
             layouts = self.layouts(source_BS, targets_BT, source_mask_BS)
-            if targets_BT is None and layouts.source is not None and self._packs:
+            if layouts.source.kept_N is not None and layouts.target is None:
                 every_BT = torch.ones_like(tokens_BT, dtype=torch.bool)
                 layouts = layouts._replace(target=Layout.of_padded("", every_BT, True, always=True))
         if label_smoothing is None:
@@ -380,13 +372,11 @@ class Transformer(nn.Module):
         training = self.training
         self.eval()
         try:
-            layouts = self.layouts(source_BS, None, source_mask_BS)
-            memory_BSC = self.encode(source_BS, layouts.source)
-            if layouts.source is not None:  # from here on rows have one length: their decoders go step by step
-                memory_BSC = layouts.source.unpack(memory_BSC)
-                mask_BS = source_BS != config.pad_token if source_mask_BS is None else source_mask_BS.bool()
-                layouts = Layouts(Layout.of_padded("", mask_BS.repeat_interleave(beams, 0), packed=False), None)
-            memory_BSC = memory_BSC.repeat_interleave(beams, 0)
+            source = self.layouts(source_BS, None, source_mask_BS).source
+            memory_BSC = source.unpack(self.encode(source_BS, source)).repeat_interleave(beams, 0)
+            # From here on decoders go step by step, and have rows of one length to attend to.
+            mask_BS = source_BS != config.pad_token if source_mask_BS is None else source_mask_BS.bool()
+            layouts = Layouts(Layout.of_padded("", mask_BS.repeat_interleave(beams, 0), packed=False), None)
             batch, device = source_BS.shape[0], source_BS.device
             cache = KVCache(config, batch * beams, max_new_tokens, device=device, dtype=memory_BSC.dtype)
 

@@ -75,13 +75,14 @@ def sdpa_supports(
 
 
 def stock_cpu(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> bool:
-    """Whether scaled_dot_product_attention, which the op would choose on a CPU, may be called in its place."""
+    """Whether scaled_dot_product_attention, which the op would choose on a CPU, may be called in its place. A compiled
+    graph is compiled anew where a backend is forced later; one that is exported keeps the choice, and so the op."""
     return (
         query.device.type == "cpu"
         and not _triton.INTERPRETED
         and not backends.steered()
-        and not torch.compiler.is_compiling()
-        and not transformed()
+        and not torch.compiler.is_exporting()
+        and (torch.compiler.is_compiling() or not transformed())
         and query.shape[-1] == value.shape[-1]
         and (scale is None or scale > 0)
         and bool(query.numel() and key.numel())

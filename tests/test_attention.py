@@ -6,16 +6,17 @@ import functools
 import itertools
 import math
 
+import bindings
 import pytest
 import torch
 import torch._dynamo.testing
-from attention_suite import FEATURES, check, eager_attention, stock_attention
+from attention_suite import FEATURES, check, eager_attention, features, stock_attention
 from torch.nn import functional as F
 
 import fastllm
-from fastllm import ops
+from fastllm import _ext, ops
 from fastllm.backends import OPS
-from fastllm.ops import _sdpa
+from fastllm.ops import _attention, _sdpa
 from fastllm.reference import _attention as reference
 from fastllm.reference._philox import philox
 from fastllm.testing import poisoned_allocations
@@ -35,8 +36,6 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32, count: int = 3) -> lis
     "names", [(), ("causal", "gqa"), ("window", "sinks"), ("softcap", "alibi"), ("dropout", "bottom_right")]
 )
 def test_gradcheck_of_the_reference(names):
-    from attention_suite import features
-
     extras = features(names, 1, 2, 4, 5)
     sinks = extras.pop("sinks", None)
     q, k, v = draw(1, 2, 4, 3, dtype=torch.float64)
@@ -96,6 +95,43 @@ def test_philox_against_published_vectors():
 
     assert words([0] * 4, 0) == [0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]
     assert words([0xFFFFFFFF] * 4, -1) == [0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662]
+
+
+@bindings.needs_kernels
+@pytest.mark.parametrize("isa", bindings.ISAS)
+@pytest.mark.parametrize("rate", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 17, 33), (3, 2, 5, 64)])
+def test_the_masks_of_the_cpu_kernel_are_the_references(isa, rate, shape):
+    """To the bit, for seeds with high bits, and for a sequence that is not the first."""
+    before = _ext.C.cpu_capability()
+    _ext.C.set_cpu_capability(isa)
+    try:
+        for seed in (0, 5, 2**63 - 2):
+            for first in (0, 7):
+                arguments = torch.tensor([seed]), rate, *shape, first
+                with poisoned_allocations():
+                    found = _attention.drawn(*arguments)
+                assert torch.equal(found, reference.dropout(*arguments).float())
+    finally:
+        _ext.C.set_cpu_capability(before)
+
+
+@pytest.mark.parametrize("names", [(), ("causal", "gqa"), ("bool_mask",), ("window", "sinks"), ("softcap", "alibi")])
+def test_dropout_on_the_cpu_is_torchs_products_around_our_masks(names):
+    """The same output and gradients as the reference from the same seed, and no word of a fallback."""
+    extras = features(names, 2, 4, 9, 13)
+    found = {}
+    for backend in ("torch", "reference"):
+        torch.manual_seed(0)
+        q = torch.randn(2, 4, 9, 8, requires_grad=True)
+        k, v = (torch.randn(2, 2 if "gqa" in names else 4, 13, 8, requires_grad=True) for _ in range(2))
+        with fastllm.use_backend(backend):
+            out = ops.attention(q, k, v, dropout_p=0.3, **extras)
+            found[backend] = out, *torch.autograd.grad(out.square().sum(), (q, k, v))
+    for ours, expected in zip(*found.values(), strict=True):
+        assert ours.abs().max() > 0
+        torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+    assert fastllm.explain(ops.attention, q, k, v, dropout_p=0.3, **extras).backend == "torch"
 
 
 def test_dropout_drops_its_share_and_follows_the_seed():

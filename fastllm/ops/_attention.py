@@ -9,6 +9,7 @@ from fastllm import backends
 from fastllm.ops import _triton
 from fastllm.ops._arguments import check_dtype, integer, number
 from fastllm.ops._dropout import check_rate
+from fastllm.reference import _attention as reference
 from fastllm.tracing import transformed
 
 SCORES = "float dropout_p, float scale, SymInt window_left, SymInt window_right, float softcap, bool bottom_right"
@@ -56,22 +57,40 @@ def sdpa_supports(
     scale: float,
     softcap: float,
 ) -> str | None:
-    """Why torch's fused CPU attention cannot compute this, or None."""
+    """Why torch's fused CPU attention cannot compute this, or None. With dropout, torch's products around masks of our
+    own do, which can all."""
     if query.device.type != "cpu":
         return f"runs on the CPU, the input is on {query.device.type}"
+    if dropout_p > 0:
+        return None
     if softcap > 0:
         return "scaled_dot_product_attention has no softcap"
     if sinks is not None:
         return "scaled_dot_product_attention has no sinks"
     if slopes is not None:
         return "scaled_dot_product_attention has no ALiBi"
-    if dropout_p > 0:
-        return "scaled_dot_product_attention draws other dropout masks"
     if mask_grad:
         return "torch's fused CPU attention gives attn_mask no gradient"
     if not scale > 0:
         return f"torch's fused CPU attention multiplies -inf by the scale, which must be positive, got {scale}"
     return None
+
+
+_drawn = backends.Op(
+    "attention_dropout(Tensor seed, float dropout_p, SymInt batch, SymInt heads, SymInt seq_q, SymInt seq_k, "
+    "SymInt first_batch) -> Tensor",
+    reference=lambda *args: reference.dropout(*args).float(),
+    fake=lambda seed, p, batch, heads, seq_q, seq_k, first: seed.new_empty(
+        (batch, heads, seq_q, seq_k), dtype=torch.float32
+    ),
+    backends=(backends.compiled("CPU", lambda *args: None),),
+)
+
+
+def drawn(seed: Tensor, dropout_p: float, batch: int, heads: int, seq_q: int, seq_k: int, first_batch: int) -> Tensor:
+    """Z of the reference's formula, (batch, heads, seq_q, seq_k): the same bits, sooner. It is part of what the "torch"
+    backend of attention does, and no choice of its own."""
+    return _drawn.call(seed, dropout_p, batch, heads, seq_q, seq_k, first_batch)
 
 
 def stock_cpu(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> bool:

@@ -85,6 +85,10 @@ def _triton_bwd(dout, dlse, query, key, value, out, lse, attn_mask, sinks, slope
 
 
 def _sdpa_fwd(query, key, value, attn_mask, sinks, slopes, seed, mask_grad, dropout_p, scale, left, right, cap, corner):
+    if dropout_p > 0:  # scaled_dot_product_attention draws other masks
+        scores = dropout_p, scale, left, right, cap, corner
+        args = (query, key, value, attn_mask, sinks, slopes, seed, mask_grad, *scores)
+        return _attention.into(_fwd_fake(*args), reference.attention_fwd(*args, draw=_attention.drawn))
     lse = _attention.empty_lse(query, query.shape[:3])
     out = _sdpa.forward(lse, query, key, value, attn_mask, scale, left, right, corner)
     return *_attention.into((_attention.empty_out(query, value.shape[3]),), (out,)), lse
@@ -94,6 +98,10 @@ def _sdpa_bwd(
     dout, dlse, query, key, value, out, lse, attn_mask, sinks, slopes, seed, mask_grad, dropout_p, scale, left, right,
     cap, corner,
 ):  # fmt: skip
+    if dropout_p > 0:
+        scores = dropout_p, scale, left, right, cap, corner
+        args = (dout, dlse, query, key, value, out, lse, attn_mask, sinks, slopes, seed, mask_grad, *scores)
+        return _attention.into(_bwd_fake(*args), reference.attention_bwd(*args, draw=_attention.drawn))
     grads = _sdpa.backward(dout, query, key, value, out, lse, attn_mask, scale, left, right, corner)
     outputs = tuple(_attention.empty_grad(x) for x in (query, key, value))
     return *_attention.into(outputs, grads), query.new_empty(0), query.new_empty(0)

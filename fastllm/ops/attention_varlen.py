@@ -85,6 +85,10 @@ def _dense(x: Tensor, rows: slice) -> Tensor:
 def _sdpa_fwd(
     query, key, value, cu_q, cu_k, sinks, slopes, seed, max_q, max_k, dropout_p, scale, left, right, cap, corner
 ):
+    if dropout_p > 0:  # scaled_dot_product_attention draws other masks
+        scores = dropout_p, scale, left, right, cap, corner
+        args = (query, key, value, cu_q, cu_k, sinks, slopes, seed, max_q, max_k, *scores)
+        return reference.attention_varlen_fwd(*args, draw=_attention.drawn)
     out, lse = _fwd_fake(query, key, value)
     end = 0
     for rows, keys in _sequences(cu_q, cu_k):
@@ -102,6 +106,10 @@ def _sdpa_bwd(
     dout, dlse, query, key, value, out, lse, cu_q, cu_k, sinks, slopes, seed, max_q, max_k, dropout_p, scale, left,
     right, cap, corner,
 ):  # fmt: skip
+    if dropout_p > 0:
+        scores = dropout_p, scale, left, right, cap, corner
+        args = (dout, dlse, query, key, value, out, lse, cu_q, cu_k, sinks, slopes, seed, max_q, max_k, *scores)
+        return reference.attention_varlen_bwd(*args, draw=_attention.drawn)
     outputs = dq, dk, dv, _ = _bwd_fake(dout, dlse, query, key, value, out, lse, cu_q, cu_k, None)
     end_q = end_k = 0
     for rows, keys in _sequences(cu_q, cu_k):

@@ -52,11 +52,13 @@ def _finite(lse: Tensor) -> Tensor:
 
 
 class Attention:
-    """The intermediate values that forward and backward share; `q` (B, H, Sq, D), `k` and `v` (B, HK, Sk, D or DV)."""
+    """The intermediate values that forward and backward share; `q` (B, H, Sq, D), `k` and `v` (B, HK, Sk, D or DV);
+    `draw` computes what `dropout` does."""
 
     def __init__(
-        self, q, k, v, mask, sinks, slopes, seed, dropout_p, scale, left, right, softcap, bottom_right, first_batch=0
-    ):
+        self, q, k, v, mask, sinks, slopes, seed, dropout_p, scale, left, right, softcap, bottom_right, first_batch=0,
+        draw=dropout,
+    ):  # fmt: skip
         acc = torch.promote_types(q.dtype, torch.float32)
         self.group, self.scale, self.softcap = q.shape[1] // k.shape[1], scale, softcap
         self.q, self.k, self.v = q.to(acc), *(x.to(acc).repeat_interleave(self.group, 1) for x in (k, v))
@@ -77,7 +79,7 @@ class Attention:
         self.sinks = None if sinks is None else sinks.to(acc)[:, None]
         self.z = None
         if dropout_p > 0:
-            self.z = dropout(seed, dropout_p, batch, heads, seq_q, seq_k, first_batch).to(acc)
+            self.z = draw(seed, dropout_p, batch, heads, seq_q, seq_k, first_batch).to(acc)
 
     def forward(self) -> tuple[Tensor, Tensor]:
         if self.t.shape[-1] == 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastllm.reference._attention import Attention
+from fastllm.reference._attention import Attention, dropout
 
 
 def attention_fwd(
@@ -17,9 +17,10 @@ def attention_fwd(
     seed: Tensor | None,  # (1,) int64
     mask_grad: bool,
     *scores,  # dropout_p, scale, window_left, window_right, softcap, bottom_right
+    draw=dropout,
 ) -> tuple[Tensor, Tensor]:
     """Returns out (B, H, Sq, DV) in query's dtype and lse (B, H, Sq) in the accumulation dtype."""
-    out, lse = Attention(query, key, value, attn_mask, sinks, alibi_slopes, seed, *scores).forward()
+    out, lse = Attention(query, key, value, attn_mask, sinks, alibi_slopes, seed, *scores, draw=draw).forward()  # type: ignore[misc]
     return out.to(query.dtype), lse
 
 
@@ -37,9 +38,10 @@ def attention_bwd(
     seed: Tensor | None,
     mask_grad: bool,
     *scores,
+    draw=dropout,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns dq, dk, dv, the gradient of attn_mask if `mask_grad`, and of sinks; empty where there is none."""
-    attention = Attention(query, key, value, attn_mask, sinks, alibi_slopes, seed, *scores)
+    attention = Attention(query, key, value, attn_mask, sinks, alibi_slopes, seed, *scores, draw=draw)  # type: ignore[misc]
     dq, dk, dv, dmask, dsinks = attention.backward(dout, dlse, out, lse)
     dmask = dmask.to(attn_mask.dtype) if mask_grad and attn_mask is not None else query.new_empty(0)
     dsinks = query.new_empty(0) if sinks is None else dsinks.to(sinks.dtype)

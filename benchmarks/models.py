@@ -1,9 +1,10 @@
-"""A training step of `fastllm.models` on a CPU: GPT as Llama and as GPT-2, BERT, and the encoder-decoder Transformer,
-on fastllm's ops and AdamW, on stock PyTorch, and both compiled. float32, no dropout, 2,048 tokens in the vocabulary.
+"""A training step of `fastllm.models`: GPT as Llama and as GPT-2, BERT, and the encoder-decoder Transformer, on
+fastllm's ops and AdamW, on stock PyTorch, and both compiled. On a CPU in float32 with 2,048 tokens in the vocabulary,
+on a GPU in bfloat16 by autocast with 32,768; no dropout.
 
 All train the same weights on the same batches; the losses of the first steps are compared. Batches with padding have
-rows of 8 to 128 tokens, on average half of their length: stock PyTorch computes padding and masks it, fastllm leaves it
-out. Four batches of different lengths take turns.
+one row of full length and others of 8 tokens on, on average half of it: stock PyTorch computes padding and masks it,
+fastllm leaves it out. Four batches of different lengths take turns.
 
 "products alone" are the matrix products that eager's step makes (all that ATen's mm, addmm and bmm are given there),
 one after the other on tensors of these shapes: what no contender without padding can go below. A contender's time less
@@ -30,13 +31,13 @@ from fastllm.benchmarks.linear_cross_entropy import PRODUCTS
 from fastllm.models import GPT, Bert, BertConfig, GPTConfig, Transformer, TransformerConfig, mask_tokens
 from fastllm.testing import make
 
-VOCABULARY = 2048
-TOLERANCE = 1e-4
+VOCABULARY = {"cpu": 2048, "cuda": 32768}
+TOLERANCE = {"cpu": 1e-4, "cuda": 2e-2}
 MASK = 3  # BERT's
 
 
-def _tokens(shape: tuple[int, int], seed: int) -> Tensor:
-    return torch.randint(4, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
+def _tokens(shape: tuple[int, int], seed: int, vocabulary: int) -> Tensor:
+    return torch.randint(4, vocabulary, shape, generator=torch.Generator().manual_seed(seed))
 
 
 def _lengths(rows: int, longest: int, seed: int) -> Tensor:
@@ -46,28 +47,30 @@ def _lengths(rows: int, longest: int, seed: int) -> Tensor:
     return lengths
 
 
-def causal(rows: int, length: int) -> list[tuple[Tensor, ...]]:
-    tokens = _tokens((rows, length + 1), 0)
+def causal(vocabulary: int, rows: int, length: int) -> list[tuple[Tensor, ...]]:
+    tokens = _tokens((rows, length + 1), 0, vocabulary)
     return [(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())]
 
 
-def masked(rows: int, longest: int, padded: bool) -> list[tuple[Tensor, ...]]:
+def masked(vocabulary: int, rows: int, longest: int, padded: bool) -> list[tuple[Tensor, ...]]:
     found = []
     for seed in range(4 if padded else 1):
-        tokens = _tokens((rows, longest), seed)
+        tokens = _tokens((rows, longest), seed, vocabulary)
         if padded:
             tokens = tokens.masked_fill(torch.arange(longest) >= _lengths(rows, longest, seed), 0)
         generator = torch.Generator().manual_seed(seed)
-        found.append(tuple(mask_tokens(tokens, MASK, VOCABULARY, special=tokens == 0, generator=generator)))
+        found.append(tuple(mask_tokens(tokens, MASK, vocabulary, special=tokens == 0, generator=generator)))
     return found
 
 
-def pairs(rows: int, longest: int) -> list[tuple[Tensor, ...]]:
+def pairs(vocabulary: int, rows: int, longest: int) -> list[tuple[Tensor, ...]]:
     found = []
     for seed in range(4):
         place = torch.arange(longest)
-        source = _tokens((rows, longest), seed).masked_fill(place >= _lengths(rows, longest, seed), 0)
-        target = _tokens((rows, longest), 9 + seed).masked_fill(place >= _lengths(rows, longest, 9 + seed), -100)
+        source = _tokens((rows, longest), seed, vocabulary)
+        target = _tokens((rows, longest), 9 + seed, vocabulary)
+        source = source.masked_fill(place >= _lengths(rows, longest, seed), 0)
+        target = target.masked_fill(place >= _lengths(rows, longest, 9 + seed), -100)
         found.append((source, target))
     return found
 
@@ -77,11 +80,11 @@ class _Recorder(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.products: list[tuple[tuple, tuple]] = []
+        self.products: list[tuple[tuple, tuple]] = []  # (shape, stride, dtype, device) of both operands
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.overloadpacket.__name__ in ("mm", "addmm", "bmm"):
-            self.products.append(tuple((tuple(x.shape), x.stride()) for x in args[-2:]))
+            self.products.append(tuple((tuple(x.shape), x.stride(), x.dtype, x.device) for x in args[-2:]))
         return func(*args, **(kwargs or {}))
 
 
@@ -94,8 +97,9 @@ def products(step: Ready) -> Callable[[], Ready]:
     def build() -> Ready:
         operands: dict[tuple, Tensor] = {}
         for both in recorder.products:
-            for shape, stride in both:
-                operands.setdefault((shape, stride), torch.randn(shape).as_strided(shape, stride))
+            for key in both:
+                shape, stride, dtype, device = key
+                operands.setdefault(key, make(shape, dtype, device).as_strided(shape, stride))
 
         def call() -> None:
             for left, right in recorder.products:
@@ -111,16 +115,18 @@ def setup(
     config: Any,
     batches: list[tuple[Tensor, ...]],
     layout: Callable[..., dict[str, Any]],
+    device: str,
 ) -> dict[str, Callable[[], Ready] | str]:
     stock = replace(config, ops="torch")
+    batches = [tuple(x.to(device) for x in batch) for batch in batches]
 
     def contender(chosen: Any, compiled: bool = False) -> Ready:
         extra = layout if chosen.ops == "fastllm" or compiled else lambda model, *batch: {}
-        return ready(build, chosen, batches, "cpu", bf16=False, compiled=compiled, layout=extra)
+        return ready(build, chosen, batches, device, bf16=device == "cuda", compiled=compiled, layout=extra)
 
     ours, eager = contender(config), contender(stock)
     losses = first_losses(ours), first_losses(eager)
-    if max(abs(a - b) for a, b in zip(*losses, strict=True)) > TOLERANCE:
+    if max(abs(a - b) for a, b in zip(*losses, strict=True)) > TOLERANCE[device]:
         raise AssertionError(f"the losses on fastllm are {losses[0]}, on stock PyTorch {losses[1]}")
     alone = products(eager)
     return {
@@ -139,11 +145,12 @@ def counts(model: torch.nn.Module, tokens: int) -> tuple[int, int]:
 
 
 def case(
-    name: str,
+    name: tuple[str, str],
     build: Callable[[Any], torch.nn.Module],
     config: Any,
     batches: Callable[[], list[tuple[Tensor, ...]]],
     target: str,
+    device: str,
     layout: Callable[..., dict[str, Any]] = lambda model, *batch: {},
 ) -> Case:
     with torch.device("meta"):
@@ -151,19 +158,21 @@ def case(
     example = batches()[0]
     tokens = int((example[0] != 0).sum())
     parameters, flops = counts(model, tokens)
+    bf16 = device == "cuda"
+    rows, longest = example[0].shape
     return Case(
         op="models",
-        name=name,
+        name=f"{name[0]} {'bf16' if bf16 else 'fp32'} {rows}x{longest}{name[1]}",
         direction="forward+backward",
-        args=lambda: (make((2, 8)), (8,), make((8,))),
+        args=lambda: (make((2, 8), device=device), (8,), make((8,), device=device)),
         rivals={},
         bytes=28 * parameters,
         flops=flops,
-        products=torch.float32,
+        products=torch.bfloat16 if bf16 else torch.float32,
         tokens=tokens,
         target=target,
         call=ops.rms_norm,  # for the name of the backend alone
-        setup=lambda: setup(build, config, batches(), layout),
+        setup=lambda: setup(build, config, batches(), layout, device),
         rounds=(9, 60),
     )
 
@@ -178,22 +187,32 @@ def _pair_layouts(model: Transformer, source: Tensor, targets: Tensor) -> dict[s
 
 
 def cases(device: str, quick: bool) -> list[Case]:
-    """On a GPU `headline` has a training step."""
-    if device != "cpu":
-        return []
+    if device == "cpu":
+        causal_sizes, encoder, pair = [(8, 128), (6, 384)], (4, 256), (4, 256)
+        shapes = (8, 128), (16, 128), (16, 128)
+    else:
+        causal_sizes, encoder, pair = [(12, 768)], (12, 768), (6, 512)
+        shapes = (16, 1024), (64, 512), (64, 256)
+    vocabulary = VOCABULARY[device]
+
+    def sizes(layers: int, width: int, length: int, **more: Any) -> dict[str, Any]:
+        shape = {"layers": layers, "width": width, "heads": width // 64}
+        return {"vocab_size": vocabulary, "context": length, **shape, **more}
+
     found = []
-    for layers, width in ((8, 128), (6, 384)):
-        sizes = {"vocab_size": VOCABULARY, "context": 128, "layers": layers, "width": width, "heads": width // 64}
+    for layers, width in causal_sizes:
+        batches = functools.partial(causal, vocabulary, *shapes[0])
         for name, preset in (("Llama", GPTConfig.llama), ("GPT-2", GPTConfig.gpt2)):
-            label = f"{name} {layers}x{width} fp32 8x128"
-            found.append(case(label, GPT, preset(**sizes), functools.partial(causal, 8, 128), "fastest of all"))
-    sizes = {"vocab_size": VOCABULARY, "context": 128, "layers": 4, "width": 256, "heads": 4, "dropout": 0.0}
-    bert = BertConfig(**sizes)
-    for name, padded in (("16x128", False), ("16x128 half padding", True)):
-        batches, target = functools.partial(masked, 16, 128, padded), "1.5x eager" if padded else "fastest of all"
-        found.append(case(f"BERT 4x256 fp32 {name}", Bert, bert, batches, target, _bert_layout))
-    pair = TransformerConfig(**sizes, label_smoothing=0.0)
-    batches = functools.partial(pairs, 16, 128)
-    name = "Transformer 4x256 fp32 16x128 half padding"
-    found.append(case(name, Transformer, pair, batches, "1.5x eager", _pair_layouts))
+            config = preset(**sizes(layers, width, shapes[0][1]))
+            found.append(case((f"{name} {layers}x{width}", ""), GPT, config, batches, "fastest of all", device))
+    config = BertConfig(**sizes(*encoder, shapes[1][1], dropout=0.0))
+    for padded in (False, True):
+        batches = functools.partial(masked, vocabulary, *shapes[1], padded)
+        name, target = ("", "fastest of all") if not padded else (" half padding", "1.5x eager")
+        label = "BERT {}x{}".format(*encoder), name
+        found.append(case(label, Bert, config, batches, target, device, _bert_layout))
+    batches = functools.partial(pairs, vocabulary, *shapes[2])
+    config = TransformerConfig(**sizes(*pair, shapes[2][1], dropout=0.0, label_smoothing=0.0))
+    label = "Transformer {}x{}".format(*pair), " half padding"
+    found.append(case(label, Transformer, config, batches, "1.5x eager", device, _pair_layouts))
     return found[:1] if quick else found

@@ -34,6 +34,7 @@ from fastllm.benchmarks import (
     harness,
     headline,
     linear_cross_entropy,
+    models,
     suite,
 )
 
@@ -92,7 +93,7 @@ def test_what_a_case_is_measured_by():
     for case in [*found, *headline.cases("cuda")]:
         assert (case.products is not None) == (case.flops > 16 * case.bytes), f"{case.op} {case.name}"
     assert {case.op for case in found if case.products} == {
-        *("attention", "attention_varlen", "linear_cross_entropy"),
+        *("attention", "attention_varlen", "linear_cross_entropy", "models"),
         *(["patch"] if "patch" in {case.op for case in found} else []),
     }
 
@@ -571,3 +572,28 @@ def test_where_the_json_goes(tmp_path):
     assert suite.json_path(f"{tmp_path}/new/", name) == tmp_path / "new" / "fast-r-cpu-2-0ghz.json"
     assert suite.json_path(str(tmp_path), name) == tmp_path / "fast-r-cpu-2-0ghz.json"
     assert suite.json_path(f"{tmp_path}/my.json", name) == tmp_path / "my.json"
+
+
+def test_a_step_of_a_model_is_timed_beside_its_products(monkeypatch):
+    """The products that are replayed are those of the step, three for each matrix; losses that differ are an error."""
+    monkeypatch.setattr(torch, "compile", lambda fn, **_: fn)
+    sizes = {"vocab_size": 64, "context": 16, "layers": 1, "width": 64, "heads": 1, "dropout": 0.0}
+    config = models.BertConfig(**sizes)
+    batches = models.masked(64, 4, 16, padded=True)[:1]
+    case = models.case(("tiny", ""), models.Bert, config, lambda: batches, "", "cpu", models._bert_layout)
+    found = case.setup()
+    assert set(found) == {"fastllm", "eager", harness.COMPILED, models.OURS_COMPILED, models.PRODUCTS}
+    eager = found["eager"]()
+    with models._Recorder() as recorder:
+        eager.prepare()
+        eager.call()
+    matrices = ("qkv", "out", "up", "down", "dense", "tied head")
+    assert len(recorder.products) == 3 * len(matrices)
+    ready = found[models.PRODUCTS]()
+    with models._Recorder() as replayed:
+        ready.call()
+    shapes = [[shape for shape, *_ in both] for both in recorder.products]
+    assert [[shape for shape, *_ in both] for both in replayed.products] == shapes
+    monkeypatch.setitem(models.TOLERANCE, "cpu", -1.0)
+    with pytest.raises(AssertionError, match="the losses on fastllm are"):
+        case.setup()

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from model_suite import losses_of_training, text_windows
 
 from fastllm.models import GPT, GPTConfig, KVCache, sample_token, torch_ops
 from fastllm.models.layers import rotary_tables
@@ -438,3 +439,21 @@ def test_modules_that_were_exchanged(make):
         torch.testing.assert_close(model(tokens), 2 * logits)
         expected = torch.nn.functional.cross_entropy(2 * logits.flatten(0, 1), tokens.flatten())
         torch.testing.assert_close(model(tokens, tokens), expected)
+
+
+@pytest.mark.parametrize("preset", [GPTConfig.gpt2, GPTConfig.llama], ids=["gpt2", "llama"])
+def test_a_small_batch_is_learned_by_heart(preset):
+    torch.manual_seed(0)
+    model = GPT(preset(**SMALL))
+    losses = losses_of_training(model, lambda step: (tokens()[:, :-1], tokens()[:, 1:]), 150)
+    assert losses[-1] < 0.2 < 3 < losses[0]
+    assert torch.equal(model.generate(tokens()[:, :4], 20, temperature=0), tokens())
+
+
+@pytest.mark.parametrize("preset", [GPTConfig.gpt2, GPTConfig.llama], ids=["gpt2", "llama"])
+def test_the_loss_falls_on_real_text(preset):
+    windows = text_windows(256, 33)
+    torch.manual_seed(0)
+    model = GPT(preset(vocab_size=256, context=32, layers=2, heads=4, width=64))
+    losses = losses_of_training(model, lambda step: (windows[step % 8 :: 8, :-1], windows[step % 8 :: 8, 1:]), 80)
+    assert sum(losses[-5:]) / 5 < 3.3 < 5 < losses[0]

@@ -10,7 +10,9 @@ fastllm leaves it out. Four batches of different lengths take turns.
 one after the other on tensors of these shapes: what no contender without padding can go below. A contender's time less
 theirs is its rest. (Attention's products are inside of its kernels and belong to the rest.)
 
-Operations and bytes are counted as in `_training_step`, without padding.
+Operations are 6 for each weight of a linear layer and each token that must go through it, without padding, embeddings
+and attention, and of BERT's masked head for the masked tokens alone; the mean over the batches. Bytes: parameters,
+gradients and moments as AdamW moves them.
 """
 
 from __future__ import annotations
@@ -138,10 +140,18 @@ def setup(
     }
 
 
-def counts(model: torch.nn.Module, tokens: int) -> tuple[int, int]:
-    """The model's parameters, and the operations of a step without those of attention."""
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return parameters, 6 * parameters * tokens
+def counts(model: torch.nn.Module, batch: tuple[Tensor, ...]) -> tuple[int, int]:
+    """The tokens of a batch (a Transformer's of the source), and the operations of a step on it."""
+    tokens, scored = int((batch[0] != 0).sum()), int((batch[1] != -100).sum())
+    pair = isinstance(model, Transformer)
+    head = model.embedding.weight.numel() if getattr(model, "head", None) is None else 0
+    operations = head * scored
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            of_target = name.startswith("decoder") and not name.endswith("kv_proj")
+            of_scored = name.startswith("masked_head") or (pair and of_target)
+            operations += module.weight.numel() * (scored if of_scored else tokens)
+    return tokens, 6 * operations
 
 
 def case(
@@ -155,11 +165,11 @@ def case(
 ) -> Case:
     with torch.device("meta"):
         model = build(config)
-    example = batches()[0]
-    tokens = int((example[0] != 0).sum())
-    parameters, flops = counts(model, tokens)
+    drawn = batches()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    tokens, flops = (sum(one) // len(drawn) for one in zip(*(counts(model, batch) for batch in drawn), strict=True))
     bf16 = device == "cuda"
-    rows, longest = example[0].shape
+    rows, longest = drawn[0][0].shape
     return Case(
         op="models",
         name=f"{name[0]} {'bf16' if bf16 else 'fp32'} {rows}x{longest}{name[1]}",

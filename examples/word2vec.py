@@ -24,7 +24,11 @@ parser.add_argument("--rounds", type=int, default=7, help="of the comparison wit
 arguments = parser.parse_args()
 
 torch.set_num_threads(arguments.threads)
-lines = (read_text(arguments.file) if arguments.file else topics_text()).lower().splitlines()
+try:
+    text = read_text(arguments.file) if arguments.file else topics_text()
+except (OSError, ValueError) as error:
+    parser.error(str(error))
+lines = text.lower().splitlines()
 if arguments.column is not None:
     lines = [line.split("\t")[arguments.column] for line in lines]
 sentences = [words for line in lines if (words := re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)?", line))]

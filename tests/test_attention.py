@@ -17,6 +17,7 @@ import fastllm
 from fastllm import _ext, ops
 from fastllm.backends import OPS
 from fastllm.ops import _attention, _sdpa
+from fastllm.ops._dropout import dropout_seed
 from fastllm.reference import _attention as reference
 from fastllm.reference._philox import philox
 from fastllm.testing import poisoned_allocations
@@ -131,6 +132,19 @@ def test_dropout_on_the_cpu_is_torchs_products_around_our_masks(names):
     for ours, expected in zip(*found.values(), strict=True):
         assert ours.abs().max() > 0
         torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+    if set(names) <= {"causal", "gqa", "bool_mask"}:  # and the formula, written once more in float64
+        torch.manual_seed(0)
+        torch.randn(2, 4, 9, 8), torch.randn(2, k.shape[1], 13, 8), torch.randn(2, k.shape[1], 13, 8)
+        z = reference.dropout(dropout_seed(q, 0.3), 0.3, 2, 4, 9, 13).double()
+        doubles = [x.detach().double().requires_grad_() for x in (q, k, v)]
+        wide_k, wide_v = (x.repeat_interleave(4 // k.shape[1], 1) for x in doubles[1:])
+        scores = doubles[0] @ wide_k.mT / math.sqrt(8)
+        seen = extras.get("attn_mask", torch.ones(9, 13, dtype=torch.bool))
+        seen = seen.tril() if "causal" in names else seen
+        out = (scores.masked_fill(~seen, -torch.inf).softmax(-1) * z) @ wide_v
+        truth = out, *torch.autograd.grad(out.square().sum(), doubles)
+        for ours, expected in zip(found["torch"], truth, strict=True):
+            torch.testing.assert_close(ours.double(), expected, rtol=1e-4, atol=1e-5)
     assert fastllm.explain(ops.attention, q, k, v, dropout_p=0.3, **extras).backend == "torch"
 
 

@@ -140,6 +140,26 @@ def test_masking_follows_its_shares():
     assert not torch.equal(found.tokens, other.tokens)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_of_a_small_batch_something_is_chosen(seed):
+    tokens = torch.tensor([[5, 6, 7], [8, 0, 0]])
+    found = mask_tokens(tokens, 1, 61, special=tokens == 0, generator=torch.Generator().manual_seed(seed))
+    assert (found.targets != -100).any()
+    assert (found.targets[tokens == 0] == -100).all()
+    nothing = mask_tokens(tokens, 1, 61, special=torch.ones_like(tokens, dtype=torch.bool))
+    assert torch.equal(nothing.tokens, tokens)
+    with pytest.raises(ValueError, match=r"special has shape \(3,\), tokens \(2, 3\)"):
+        mask_tokens(tokens, 1, 61, special=tokens[0] == 0)
+
+
+@pytest.mark.parametrize("ops", ["fastllm", "torch"])
+@pytest.mark.parametrize("head", ["mlm", "tokens"])
+def test_padding_has_no_target(head, ops):
+    model, targets = make(head=head, labels=3, ops=ops), targets_of(head)
+    everywhere = targets.where(batch() != 0, 1)
+    torch.testing.assert_close(model(batch(), everywhere), model(batch(), targets))
+
+
 def test_whole_words_are_masked_whole():
     words = torch.arange(60).div(3, rounding_mode="floor").expand(50, 60).contiguous()
     tokens = torch.randint(3, 1000, (50, 60), generator=torch.Generator().manual_seed(0))
@@ -171,7 +191,7 @@ def test_compiles_without_graph_breaks(head):
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     tokens, targets = batch(), targets_of(head)
     for turned in (0, 1):
-        tokens = tokens.roll(turned, 0)
+        tokens, targets = tokens.roll(turned, 0), targets.roll(turned, 0)
         layout = model.layout(tokens)
         loss = compiled(tokens, targets, layout=layout)
         torch.testing.assert_close(loss, model(tokens, targets))
@@ -181,6 +201,7 @@ def test_compiles_without_graph_breaks(head):
 
 
 TWO = torch.tensor([[1, 2]])
+PADDED = torch.tensor([[1, 2], [3, 0]])
 
 
 @pytest.mark.parametrize(
@@ -203,6 +224,19 @@ TWO = torch.tensor([[1, 2]])
         (lambda m: m(torch.tensor([[1, 2]]), mask_BT=torch.ones(1, 3)), r"mask has shape \(1, 3\), tokens \(1, 2\)"),
         (lambda m: mask_tokens(torch.tensor([[61]]), 1, 61), "token 61 is outside the vocabulary of 61"),
         (lambda m: mask_tokens(torch.tensor([[6]]), 1, 61, share=1.0), r"share must be in \(0, 1\), got 1.0"),
+        (lambda m: m(TWO, torch.tensor([[1, 2, 3]])), r"must have shape \[\(1, 2\)\], got \[\(1, 3\)\]"),
+        (lambda m: m(TWO, TWO, reduction="none"), "reduction must be 'mean' or 'sum', got 'none'"),
+        (lambda m: m(TWO, layout=m.layout(batch())), r"the layout is of \(4, 24\) tokens, not \(1, 2\)"),
+        (lambda m: m(torch.tensor([[1, 61]]), layout=m.layout(TWO)), "token 61 is outside the vocabulary of 61"),
+        (lambda m: make(head="span")(PADDED, torch.tensor([[0, 1], [0, 1]])), "the answer of row 1 lies in padding"),
+        (lambda m: make(head="classification")(PADDED.flip(1)), "row 1 begins with padding, but head='classification'"),
+        (lambda m: make(head=None)(TWO, TWO), "a model without a head has no targets"),
+        (lambda m: mask_tokens(TWO, 61, 61), "mask_token 61 is outside the vocabulary of 61"),
+        (lambda m: mask_tokens(TWO, 1, 61, words_BT=TWO), "words must be from 0 to 1, got 2"),
+        (lambda m: mask_tokens(TWO[:, :0], 1, 61), r"not empty, got \(1, 0\)"),
+        (lambda m: m(TWO, types_BT=torch.tensor([[-1, 1]])), r"token types must be in \[0, 2\), got -1"),
+        (lambda m: BertConfig(tie_embeddings=False), "tie_embeddings=False is not there"),
+        (lambda m: m.with_head("span", heads=2, labels=3), "heads is the encoder's, which stays"),
         (lambda m: BertConfig(head="nothing"), "head must be one of .* or None, got 'nothing'"),
         (lambda m: BertConfig(head="classification", pooler=False), "head='classification' needs a pooler"),
         (lambda m: BertConfig(labels=0), "BertConfig: labels must be a positive int, got 0"),
@@ -216,7 +250,7 @@ def test_bad_input_is_named(call, message):
 
 
 def test_tokens_that_are_no_integers_are_an_error():
-    with pytest.raises(TypeError, match=r"tokens must be int64 or int32, got torch\.float32"):
+    with pytest.raises(TypeError, match=r"tokens must be a tensor of int64 or int32, got torch\.float32"):
         make()(torch.ones(1, 2))
 
 

@@ -205,7 +205,8 @@ def gpt2(tmp_path_factory) -> Path:
 
 
 def edited(source: Path, target: Path, **changes) -> Path:
-    shutil.copytree(source, target, dirs_exist_ok=True)
+    if source != target:
+        shutil.copytree(source, target, dirs_exist_ok=True)
     values = json.loads((target / "config.json").read_text())
     (target / "config.json").write_text(json.dumps({**values, **changes}))
     return target
@@ -214,7 +215,8 @@ def edited(source: Path, target: Path, **changes) -> Path:
 def with_weights(source: Path, target: Path, change) -> Path:
     from safetensors.torch import load_file, save_file
 
-    shutil.copytree(source, target, dirs_exist_ok=True)
+    if source != target:
+        shutil.copytree(source, target)
     weights = load_file(target / "model.safetensors")
     change(weights)
     save_file(weights, target / "model.safetensors")
@@ -253,8 +255,12 @@ def test_what_these_models_do_not_have_is_an_error(gpt2, tmp_path, changes, mess
 
 
 def test_damage_is_named(gpt2, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"config\.json is not there"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere is not there .* are not downloaded"):
         load_hf(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"config\.json is not there"):
+        load_hf(tmp_path)
+    with pytest.raises(TypeError, match=r"dtype must be a torch\.dtype, got 'bfloat16'"):
+        load_hf(gpt2, dtype="bfloat16")
     shutil.copytree(gpt2, tmp_path / "a")
     file = tmp_path / "a" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
@@ -296,6 +302,94 @@ def test_fields_of_training_come_back(tmp_path):
     assert load_hf(tmp_path, document_token=None).config.document_token is None
 
 
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("bert-classification", {"problem_type": "regression"}, "problem_type='regression' is not supported"),
+        ("bert-classification", {"id2label": {"0": "x"}}, "one label is a regression"),
+        ("bart", {"tie_word_embeddings": False}, "tie_word_embeddings=False is not supported"),
+        ("llama3", {}, "context=32 would change what rope_scaling means"),
+    ],
+)
+def test_what_would_be_another_function_is_an_error(name, changes, message, tmp_path):
+    theirs_of(name).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        load_hf(edited(tmp_path, tmp_path, **changes), **({} if changes else {"context": 32}))
+
+
+@pytest.mark.parametrize(
+    ("name", "body"), [("llama3", "model"), ("gpt2", "transformer"), ("bart", "model"), ("marian", "model")]
+)
+def test_files_of_a_model_without_its_head(name, body, tmp_path):
+    theirs = theirs_of(name)
+    if hasattr(theirs, "final_logits_bias"):
+        theirs.final_logits_bias.zero_()
+    getattr(theirs, body).save_pretrained(tmp_path)
+    torch.testing.assert_close(
+        our_outputs(name, load_hf(tmp_path))[0], their_outputs(name, theirs)[0], rtol=1e-4, atol=2e-5
+    )
+
+
+def test_bert_files_with_the_names_of_tensorflow(tmp_path):
+    theirs = theirs_of("bert-mlm")
+    theirs.save_pretrained(tmp_path)
+
+    def rename(weights):
+        for key in list(weights):
+            old = key.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+            weights[old] = weights.pop(key)
+
+    ours = load_hf(with_weights(tmp_path, tmp_path, rename))
+    torch.testing.assert_close(
+        our_outputs("bert-mlm", ours)[0], their_outputs("bert-mlm", theirs)[0], rtol=1e-4, atol=2e-5
+    )
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_t5s_output_layer_is_its_own_where_it_differs(equal, tmp_path):
+    theirs = theirs_of("t5-gated")
+    theirs.save_pretrained(tmp_path)
+    head = theirs.shared.weight.detach() + (0 if equal else 1)
+    ours = load_hf(with_weights(tmp_path, tmp_path, lambda weights: weights.update({"lm_head.weight": head})))
+    assert (ours.head is None) == equal
+
+
+def test_what_the_models_do_not_use_travels_on(tmp_path):
+    """Special tokens and names of labels; and fields of training that the family's config.json has no name for."""
+    theirs = theirs_of("llama")
+    theirs.config.eos_token_id, theirs.config.pad_token_id = [5, 6], 8
+    theirs.save_pretrained(tmp_path)
+    save_hf(load_hf(tmp_path, dropout=0.25), tmp_path / "again")
+    values = json.loads((tmp_path / "again/config.json").read_text())
+    assert (values["eos_token_id"], values["pad_token_id"]) == ([5, 6], 8)
+    assert load_hf(tmp_path / "again").config.dropout == 0.25
+    assert load_hf(tmp_path).config.dropout == 0.0
+    config = TransformerConfig(vocab_size=31, context=8, layers=1, heads=2, width=16, label_smoothing=0.1)
+    assert load_hf(save_hf(Transformer(config), tmp_path / "pair")).config.label_smoothing == 0.1
+    theirs = theirs_of("bert-tokens")
+    theirs.config.id2label = dict(enumerate("abcde"))
+    theirs.save_pretrained(tmp_path / "bert")
+    save_hf(load_hf(tmp_path / "bert"), tmp_path / "bert2")
+    assert json.loads((tmp_path / "bert2/config.json").read_text())["id2label"]["1"] == "b"
+
+
+def test_a_failed_save_leaves_what_was_there(gpt2, tmp_path, monkeypatch):
+    import safetensors.torch
+
+    shutil.copytree(gpt2, tmp_path, dirs_exist_ok=True)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(tensors, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    model = load_hf(gpt2)
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_hf(model, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_weights_in_16_bits(gpt2, tmp_path):
     theirs_of("gpt2").bfloat16().save_pretrained(tmp_path)
     assert load_hf(tmp_path).embedding.weight.dtype == torch.bfloat16
@@ -315,5 +409,5 @@ def test_fine_tuning_starts_from_a_checkpoint_of_pre_training(tmp_path):
     with pytest.raises(ValueError, match=r"has bert\.pooler\.dense\.bias, .*head=\"pretraining\""):
         load_hf(tmp_path)
     assert load_hf(tmp_path, head="pretraining").config.head == "pretraining"
-    with pytest.raises(ValueError, match=r"vocab_size would change the shape of embedding\.weight"):
+    with pytest.raises(ValueError, match="vocab_size is the encoder's, which stays"):
         Bert(BertConfig(vocab_size=31, layers=1, heads=2, width=16)).with_head("mlm", vocab_size=32)

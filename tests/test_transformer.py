@@ -108,6 +108,13 @@ def test_label_smoothing_is_of_training_alone():
     )
 
 
+@pytest.mark.parametrize("ops", ["fastllm", "torch"])
+def test_pad_tokens_are_no_targets(ops):
+    model = make(ops=ops)
+    padded = targets().masked_fill(targets() == -100, 0)
+    torch.testing.assert_close(model(sources(), padded), model(sources(), targets()), rtol=0, atol=0)
+
+
 def test_targets_start_with_the_start_token():
     assert make(start_token=2).shifted(torch.tensor([[5, 6, -100]])).tolist() == [[2, 5, 6]]
     assert make().shifted(torch.tensor([[5, -100, -100]])).tolist() == [[0, 5, 0]]
@@ -270,11 +277,21 @@ ONE = torch.tensor([[3, 4]])
         (lambda m: m(ONE, torch.ones(1, 25, dtype=torch.int64)), "25 positions do not fit into the context of 24"),
         (lambda m: m(ONE), "give targets, or tokens for the decoder"),
         (lambda m: m(torch.ones(1, 0, dtype=torch.int64), ONE), r"source must have shape .* got \(1, 0\)"),
-        (lambda m: m(ONE, torch.ones(1, 0, dtype=torch.int64)), r"targets must have shape \(B, T\), got \(1, 0\)"),
+        (
+            lambda m: m(ONE, torch.ones(1, 0, dtype=torch.int64)),
+            r"targets must have .* not empty, got \(1, 0\)",
+        ),
         (lambda m: m(torch.tensor([[3, 4], [0, 0]]), ONE.expand(2, 2)), "source: row 1 is all padding"),
         (lambda m: m(ONE, torch.tensor([[-100, -100]])), "targets: row 0 is all padding"),
         (lambda m: m(ONE, ONE.expand(2, 2)), r"source has shape \(1, 2\), targets \(2, 2\)"),
         (lambda m: m(ONE, ONE, source_mask_BS=torch.ones(1, 3)), r"source has shape \(1, 2\), its mask \(1, 3\)"),
+        (lambda m: m(ONE, ONE, tokens_BT=ONE[:, :1]), r"targets have shape \(1, 2\), the decoder's tokens \(1, 1\)"),
+        (lambda m: m(ONE, ONE, layouts=m.layouts(sources(), targets())), r"the layout is of \(4, 24\) tokens"),
+        (lambda m: m(ONE, ONE, reduction="none"), "Transformer: reduction must be 'mean' or 'sum', got 'none'"),
+        (lambda m: m.generate(ONE, 5, forbidden=(61,)), "forbidden token 61 is outside the vocabulary of 61"),
+        (lambda m: m.generate(ONE, 5, beams=2, length_penalty=float("nan")), "length_penalty must be finite, got nan"),
+        (lambda m: TransformerConfig(relative_buckets=2), "relative_buckets is at least 4"),
+        (lambda m: TransformerConfig(position_offset=2), "position_offset is at least 0, and for learned positions"),
         (lambda m: m.generate(ONE, 25), r"max_new_tokens must be in \[1, 24\], got 25"),
         (lambda m: m.generate(ONE, 5, beams=0), "beams must be at least 1"),
         (lambda m: m.generate(ONE, 5, beams=2, n_best=3), r"n_best in \[1, beams\], got 2 and 3"),

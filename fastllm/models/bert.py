@@ -20,7 +20,7 @@ from fastllm.models.layers import (
     Linear,
     Scope,
     add_positions,
-    check_ids,
+    check_reduction,
     check_tokens,
     gelu_of,
     init_weights,
@@ -80,6 +80,10 @@ class BertConfig(ModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_positive("labels")
+        if not self.tie_embeddings:
+            raise ValueError(
+                "BertConfig: tie_embeddings=False is not there: the masked head has the embedding's weight"
+            )
         self._check_token("pad_token")
         if self.head is not None and self.head not in HEADS:
             raise ValueError(f"BertConfig: head must be one of {HEADS} or None, got {self.head!r}")
@@ -173,11 +177,17 @@ class Bert(nn.Module):
             mask_BT = tokens_BT != self.config.pad_token
         if mask_BT.shape != tokens_BT.shape:
             raise ValueError(f"Bert: mask has shape {tuple(mask_BT.shape)}, tokens {tuple(tokens_BT.shape)}")
+        first_B = host_values(mask_BT[:, 0])
+        if self.config.head in ("pretraining", "classification") and first_B is not None and not first_B.all():
+            row = int((first_B == 0).nonzero()[0])
+            raise ValueError(
+                f"Bert: row {row} begins with padding, but head={self.config.head!r} reads the first position"
+            )
         return Layout.of_padded("Bert", mask_BT.bool(), packed=self.config.ops == "fastllm")
 
     def chosen(self, targets_BT: Tensor, layout: Layout) -> Tensor:
         """The positions that "mlm" and "pretraining" predict, (M,) in the flattened batch that `layout` packs."""
-        return (layout.pack(targets_BT).flatten() != IGNORE).nonzero()[:, 0]
+        return (_packed_targets(targets_BT, layout).flatten() != IGNORE).nonzero()[:, 0]
 
     def hidden(self, tokens_BT: Tensor, types_BT: Tensor | None, layout: Layout) -> Tensor:
         """The last hidden states, (B, T, C), or where `layout` leaves padding out (1, N, C)."""
@@ -188,8 +198,10 @@ class Bert(nn.Module):
         x_BTC = self.embedding(tokens)
         if self.token_types is not None:
             types = torch.zeros_like(tokens) if types_BT is None else layout.pack(types_BT)
-            if (seen := host_values(types)) is not None and (seen.min() < 0 or seen.max() >= config.token_types):
-                raise ValueError(f"Bert: token types must be in [0, {config.token_types}), got {int(seen.max())}")
+            if (seen := host_values(types)) is not None:
+                for bound in map(int, seen.aminmax()):
+                    if not 0 <= bound < config.token_types:
+                        raise ValueError(f"Bert: token types must be in [0, {config.token_types}), got {bound}")
             x_BTC = x_BTC + self.token_types(types)
         x_BTC = self.dropout(self.embedding_norm(add_positions(x_BTC, at, self.positions, self.tables)))
         dropout = config.dropout if self.training else 0.0
@@ -215,7 +227,7 @@ class Bert(nn.Module):
                 1 where the second sentence does not follow the first. int64.
             types_BT: (B, T), which segment a token belongs to; zeros unless given.
             mask_BT: (B, T), true for a token, false for padding; unless given, padding is `config.pad_token`.
-            reduction: "mean" over the valid targets or "sum".
+            reduction: "mean" over the valid targets (NaN where there is none) or "sum".
             layout: `self.layout(tokens_BT, mask_BT)`, which a compiled model cannot find by itself without leaving its
                 graph; found here unless given.
             chosen_M: `self.chosen(targets, layout)`, likewise.
@@ -231,6 +243,11 @@ class Bert(nn.Module):
         """
         if layout is None:
             layout = self.layout(tokens_BT, mask_BT)
+        else:
+            check_tokens("Bert", tokens_BT, self.config.vocab_size, self.config.context)
+            layout.check("Bert", tokens_BT)
+        if targets is not None:
+            self._check_targets(tokens_BT, targets)
         x = self.hidden(tokens_BT, types_BT, layout)
         head = self.config.head
         if head == "mlm":
@@ -248,12 +265,23 @@ class Bert(nn.Module):
         if head == "classification":
             logits = self.head(self.head_dropout(self._pooled(x, layout)))
             return logits if targets is None else self._loss(logits, targets, reduction)
-        logits = self.head(self.head_dropout(x))
+        logits = self.head(x if head == "span" else self.head_dropout(x))
         if head == "tokens":
             if targets is None:
                 return layout.unpack(logits)
-            return self._loss(logits, layout.pack(targets), reduction)
+            return self._loss(logits, _packed_targets(targets, layout), reduction)
         return self._span(logits, layout, targets, reduction)
+
+    def _check_targets(self, tokens_BT: Tensor, targets: Any) -> None:
+        head, (rows, length) = self.config.head, tokens_BT.shape
+        shapes = {"mlm": [(rows, length)], "tokens": [(rows, length)], "classification": [(rows,)], "span": [(rows, 2)]}
+        shapes["pretraining"] = [(rows, length), (rows,)]
+        if head is None:
+            raise ValueError("Bert: a model without a head has no targets")
+        given = targets if head == "pretraining" else (targets,)
+        found = [tuple(target.shape) for target in given] if isinstance(given, (tuple, list)) else tuple(given.shape)
+        if found != shapes[head]:
+            raise ValueError(f"Bert: targets of head={head!r} must have shape {shapes[head]}, got {found}")
 
     def _masked(
         self, x: Tensor, layout: Layout, targets_BT: Tensor | None, reduction: str, chosen_M: Tensor | None
@@ -264,7 +292,7 @@ class Bert(nn.Module):
             return layout.unpack(logits)
         if chosen_M is None and not torch.compiler.is_compiling():
             chosen_M = self.chosen(targets_BT, layout)
-        targets = layout.pack(targets_BT)
+        targets = _packed_targets(targets_BT, layout)
         if chosen_M is not None:  # the head is the larger part of a small model, and one token in seven is masked
             x, targets = x.flatten(0, 1).index_select(0, chosen_M), targets.flatten()[chosen_M]
         return self.masked_head(x, self.embedding, targets, reduction)
@@ -277,6 +305,7 @@ class Bert(nn.Module):
         return self.pooler(x[0].index_select(0, layout.cu_seqlens[:-1].long()))
 
     def _loss(self, logits: Tensor, targets: Any, reduction: str) -> Tensor:
+        check_reduction(self.config, reduction)
         return ops_of(self.config).cross_entropy(
             logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORE, reduction=reduction, dtype=torch.float32
         )
@@ -288,6 +317,10 @@ class Bert(nn.Module):
         logits_B2T = logits.mT
         if targets_B2 is None:
             return logits_B2T
+        check_reduction(self.config, reduction)
+        ends_B2 = logits_B2T.gather(2, targets_B2.clamp(min=0)[..., None])[..., 0]
+        if (seen := host_values(ends_B2.detach())) is not None and (seen == -torch.inf).any():
+            raise ValueError(f"Bert: the answer of row {int((seen == -torch.inf).any(1).nonzero()[0])} lies in padding")
         # torch's: the largest finite logit of a row of kernels would be that of padding.
         loss = F.cross_entropy(
             logits_B2T.flatten(0, 1).float(), targets_B2.flatten(), ignore_index=IGNORE, reduction=reduction
@@ -295,24 +328,30 @@ class Bert(nn.Module):
         return loss if reduction == "mean" else loss / 2
 
     @torch.no_grad()
-    def vectors(self, tokens_BT: Tensor, *, pool: str | None = "mean", **inputs: Any) -> Tensor:
+    def vectors(
+        self,
+        tokens_BT: Tensor,
+        *,
+        pool: str | None = "mean",
+        types_BT: Tensor | None = None,
+        mask_BT: Tensor | None = None,
+    ) -> Tensor:
         """Contextual vectors, without dropout.
 
         Args:
-            tokens_BT, **inputs: as `forward`.
-            pool: "mean" over a row's tokens, "first" (the [CLS] position), or None for one vector a token.
+            tokens_BT, types_BT, mask_BT: as `forward`.
+            pool: "mean" over a row's tokens, "first" (its first token, [CLS]), or None for one vector a token.
 
         Returns:
             (B, C), or (B, T, C) with zeros for padding.
         """
         if pool not in ("mean", "first", None):
             raise ValueError(f"Bert: pool must be 'mean', 'first' or None, got {pool!r}")
-        mask_BT: Any = inputs.get("mask_BT")
         training = self.training
         self.eval()
         try:
             layout = self.layout(tokens_BT, mask_BT)
-            x = self.hidden(tokens_BT, inputs.get("types_BT"), layout)
+            x = self.hidden(tokens_BT, types_BT, layout)
         finally:
             self.train(training)
         if layout.kept_N is None and layout.mask is None:
@@ -322,31 +361,35 @@ class Bert(nn.Module):
             x_BTC = x_BTC * layout.mask[:, 0, 0, :, None]
         if pool is None:
             return x_BTC
-        if mask_BT is None:
-            mask_BT = tokens_BT != self.config.pad_token
+        kept_BT: Any = tokens_BT != self.config.pad_token if mask_BT is None else mask_BT.bool()
         if pool == "mean":
-            return x_BTC.sum(1) / mask_BT.sum(1, keepdim=True)
-        return x_BTC[torch.arange(len(x_BTC), device=x_BTC.device), mask_BT.int().argmax(1)]
+            return x_BTC.sum(1) / kept_BT.sum(1, keepdim=True)
+        return x_BTC[torch.arange(len(x_BTC), device=x_BTC.device), kept_BT.int().argmax(1)]
 
     def with_head(self, head: str | None, **changes: Any) -> Bert:
         """A model with a copy of this one's encoder and another head, whose weights are new: for fine-tuning.
 
         Args:
             head: as in `BertConfig`.
-            changes: other fields, such as labels and dropout.
+            changes: other fields: labels, dropout, head_dropout, pooler, ops.
 
         Raises:
-            ValueError: for a field that changes the encoder's shape, naming the weights that do not fit.
+            ValueError: for any other field, which is the encoder's.
         """
+        if fixed := sorted(changes.keys() - {"labels", "dropout", "head_dropout", "pooler", "ops"}):
+            raise ValueError(f"with_head: {', '.join(fixed)} is the encoder's, which stays")
         model = Bert(replace(self.config, head=head, **changes)).to(self.embedding.weight)
         heads = ("masked_head.", "next_head.", "head.")
         encoder = {name: weight for name, weight in self.state_dict().items() if not name.startswith(heads)}
         fresh = model.state_dict()
-        wrong = [name for name, weight in encoder.items() if name in fresh and fresh[name].shape != weight.shape]
-        if wrong:
-            raise ValueError(f"with_head: {', '.join(changes)} would change the shape of {', '.join(wrong[:3])}")
         model.load_state_dict({name: encoder.get(name, weight) for name, weight in fresh.items()})
         return model
+
+
+def _packed_targets(targets_BT: Tensor, layout: Layout) -> Tensor:
+    """The targets as `layout` packs them, of which padding has none."""
+    targets = layout.pack(targets_BT)
+    return targets if layout.mask is None else targets.masked_fill(~layout.mask[:, 0, 0], IGNORE)
 
 
 class Masked(NamedTuple):
@@ -377,14 +420,16 @@ def mask_tokens(
         generator: on tokens' device; None draws from torch's global one.
 
     Returns:
-        Tokens and targets.
+        Tokens and targets; at least one is chosen where there is any that may be.
 
     Raises:
-        ValueError: for a share out of range, and tokens outside the vocabulary.
+        ValueError: for a share out of range, tokens that are none, and those outside the vocabulary.
     """
     if not 0 < share < 1:
         raise ValueError(f"mask_tokens: share must be in (0, 1), got {share}")
-    check_ids("mask_tokens", tokens_BT, vocab_size)
+    check_tokens("mask_tokens", tokens_BT, vocab_size, tokens_BT.shape[-1])
+    if not 0 <= mask_token < vocab_size:
+        raise ValueError(f"mask_tokens: mask_token {mask_token} is outside the vocabulary of {vocab_size}")
     shape, device = tokens_BT.shape, tokens_BT.device
 
     def draw() -> Tensor:
@@ -392,12 +437,20 @@ def mask_tokens(
 
     drawn_BT = draw()
     if words_BT is not None:  # every token of a word has its first draw
-        if words_BT.shape != shape or int(words_BT.min()) < 0 or int(words_BT.max()) >= shape[1]:
-            raise ValueError(f"mask_tokens: words must be (B, T) numbers from 0 to T - 1, got {tuple(words_BT.shape)}")
+        if words_BT.shape != shape:
+            raise ValueError(f"mask_tokens: words have shape {tuple(words_BT.shape)}, tokens {tuple(shape)}")
+        low, high = map(int, words_BT.aminmax())
+        if low < 0 or high >= shape[1]:
+            raise ValueError(f"mask_tokens: words must be from 0 to {shape[1] - 1}, got {low if low < 0 else high}")
         drawn_BT = drawn_BT.gather(1, words_BT)
     chosen_BT = drawn_BT < share
     if special is not None:
-        chosen_BT &= ~special
+        if special.shape != shape:
+            raise ValueError(f"mask_tokens: special has shape {tuple(special.shape)}, tokens {tuple(shape)}")
+        drawn_BT = drawn_BT.masked_fill(special.bool(), 2.0)
+        chosen_BT = drawn_BT < share
+    if not chosen_BT.any():  # of a small batch at least one, without which there is no loss
+        chosen_BT = (drawn_BT == drawn_BT.min()) & (drawn_BT < 1)
     fate_BT = draw()
     random_BT = torch.randint(vocab_size, shape, generator=generator, device=device)
     tokens = torch.where(chosen_BT & (fate_BT < 0.8), mask_token, tokens_BT)

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from fastllm._extras import require
+from fastllm.models.bert import Bert
+from fastllm.models.gpt import GPT
 from fastllm.models.hf_families import FAMILIES, Family, Weight, family_of
 
 _INDEX = "model.safetensors.index.json"
 _FILE = "model.safetensors"
-_OURS = ("ops", "document_token", "label_smoothing", "head_dropout")
+_OURS = ("document_token", "label_smoothing", "head_dropout", "dropout")
 """Fields that are no part of the trained function, for which config.json has no name, or not in all families."""
 
 
@@ -38,6 +40,10 @@ def load_hf(folder: str | Path, *, dtype: torch.dtype | None = None, **changes: 
             that are missing, left over, or of another shape; it names them.
     """
     folder = Path(folder)
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"load_hf: dtype must be a torch.dtype, got {dtype!r}")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"the folder {folder} is not there (names on the Hugging Face Hub are not downloaded)")
     values = _read_json(folder / "config.json")
     name = values.get("model_type")
     if name not in FAMILIES:
@@ -46,12 +52,16 @@ def load_hf(folder: str | Path, *, dtype: torch.dtype | None = None, **changes: 
     found = _read_weights(folder)
     try:
         config = family.read(values)
+        if "context" in changes and getattr(config, "rope_scaling", None):
+            raise ValueError(f"context={changes['context']} would change what rope_scaling means")
         config = replace(config, **{**values.get("fastllm", {}), **changes})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
-    if "head.weight" not in {weight.ours for weight in family.weights(config)} and name == "t5":
-        # T5's configurations have said both things of a file with an output layer of its own.
-        config = replace(config, tie_embeddings="lm_head.weight" not in found)
+    if name == "t5":
+        # Its configurations have said both things of a file with an output layer of its own.
+        head, shared = found.get("lm_head.weight"), found.get("shared.weight")
+        own = head is not None and not (shared is not None and torch.equal(head, shared))
+        config = replace(config, tie_embeddings=not own)
     state = _to_ours(folder, family, config, found)
     with torch.device("meta"):
         model = family.model(config)
@@ -63,6 +73,7 @@ def load_hf(folder: str | Path, *, dtype: torch.dtype | None = None, **changes: 
                 f"{folder}: {ours} has shape {tuple(tensor.shape)}, config.json makes it {tuple(expected[ours].shape)}"
             )
     model.load_state_dict(state)
+    model.hf_config = values  # special tokens, names of labels and the like, for `save_hf`
     return model.eval()
 
 
@@ -83,27 +94,34 @@ def save_hf(model: nn.Module, folder: str | Path, *, shard_bytes: int = 5 * 10**
         OSError: for what the disk says.
     """
     folder = Path(folder)
+    model = getattr(model, "_orig_mod", model)  # of a compiled one
     config: Any = getattr(model, "config", None)
     known = tuple({family.model for family in FAMILIES.values()})
     if not isinstance(model, known):
         raise TypeError(f"save_hf: the model must be a GPT, Bert or Transformer, got {type(model).__name__}")
     name = family_of(config)
     family = FAMILIES[name]
-    values = {"model_type": name, **family.write(config)}
-    _check_expressible(name, family, config, values)
-    default = type(config)()
-    extra = {f: getattr(config, f) for f in _OURS if hasattr(config, f) and getattr(config, f) != getattr(default, f)}
-    extra.pop("ops", None)
-    if extra:
-        values["fastllm"] = extra
+    written = {"model_type": name, **family.write(config)}
+    back = _check_expressible(name, family, config, written)
+    extra = {f: getattr(config, f) for f in _OURS if hasattr(config, f) and getattr(config, f) != getattr(back, f)}
+    before = getattr(model, "hf_config", {})
+    if len(before.get("id2label") or ()) == len(written.get("id2label", ())):
+        written = {key: value for key, value in written.items() if key not in ("id2label", "label2id")}
+    # GPT-2's and Llama's classes have special tokens of their own, which a vocabulary may lack.
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id"), getattr(config, "document_token", None))
+    values = {**(ends if isinstance(model, GPT) else {}), **before, **written, "fastllm": extra}
+    if not extra:
+        del values["fastllm"]
     state = model.state_dict()
-    values["dtype"] = str(state["embedding.weight"].dtype).removeprefix("torch.")
-    theirs: dict[str, Tensor] = {}
-    for weight in family.weights(config):
-        theirs |= _split(weight, state.pop(weight.ours).detach().cpu())
-    assert not state, f"weights without a name in {name}: {', '.join(state)}"
     if name in ("marian", "bart"):
-        theirs["final_logits_bias"] = theirs["final_logits_bias"][None]
+        state.setdefault("logits_bias", torch.zeros(config.vocab_size))
+    values["dtype"] = str(state["embedding.weight"].dtype).removeprefix("torch.")
+    weights = list(family.weights(config))
+    if odd := {weight.ours for weight in weights} ^ state.keys():
+        raise ValueError(f"save_hf: this model and transformers' {name} do not both have {_some(sorted(odd))}")
+    theirs: dict[str, Tensor] = {}
+    for weight in weights:
+        theirs |= _split(weight, state[weight.ours].detach().cpu())
     folder.mkdir(parents=True, exist_ok=True)
     _write_weights(folder, theirs, shard_bytes)
     _write_json(folder / "config.json", values)
@@ -139,7 +157,10 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for file in files:
         if not (folder / file).is_file():
-            raise FileNotFoundError(f"{folder / file} is not there" + (f", nor {_INDEX}" if file == _FILE else ""))
+            hint = "; pytorch_model.bin is not read" if (folder / "pytorch_model.bin").exists() else ""
+            raise FileNotFoundError(
+                f"{folder / file} is not there" + (f", nor {_INDEX}{hint}" if file == _FILE else "")
+            )
         try:
             found |= load_file(folder / file)
         except Exception as error:  # safetensors raises a class of its own
@@ -159,12 +180,22 @@ def _write_weights(folder: Path, tensors: dict[str, Tensor], shard_bytes: int) -
         total += tensor.nbytes
     save_file = require("safetensors.torch", "train").save_file
     places: dict[str, str] = {}
+    partial: dict[Path, Path] = {}
+    try:
+        for index, shard in enumerate(shards):
+            file = _FILE if len(shards) == 1 else f"model-{index + 1:05}-of-{len(shards):05}.safetensors"
+            partial[folder / file] = folder / f".{file}.partial"
+            save_file(shard, partial[folder / file], metadata={"format": "pt"})
+            places |= dict.fromkeys(shard, file)
+    except BaseException:  # what was there before stays
+        for path in partial.values():
+            path.unlink(missing_ok=True)
+        raise
+    for path, written in partial.items():
+        os.replace(written, path)
     for old in (*folder.glob("model-*-of-*.safetensors"), folder / _INDEX, folder / _FILE):
-        old.unlink(missing_ok=True)  # of an earlier model in as many files, readers would take some
-    for index, shard in enumerate(shards):
-        file = _FILE if len(shards) == 1 else f"model-{index + 1:05}-of-{len(shards):05}.safetensors"
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        places |= dict.fromkeys(shard, file)
+        if old not in partial:  # of an earlier model in other files
+            old.unlink(missing_ok=True)
     if len(shards) > 1:
         _write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": places})
 
@@ -175,6 +206,9 @@ def _to_ours(folder: Path, family: Family, config: Any, found: dict[str, Tensor]
     first = weights[0].theirs[0]
     if family.prefix and first not in found and first.removeprefix(family.prefix) in found:
         found = {family.prefix + name: tensor for name, tensor in found.items()}  # of the model without a head
+    if family.model is Bert:  # whose older files have names of TensorFlow's
+        for old, new in (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")):
+            found = {name.replace(old, new): tensor for name, tensor in found.items()}
     left = dict(found)
     state, missing = {}, []
     for weight in weights:
@@ -193,7 +227,11 @@ def _to_ours(folder: Path, family: Family, config: Any, found: dict[str, Tensor]
     if missing or left:
         found_text = [f"lacks {_some(missing)}"] if missing else []
         found_text += [f"has {_some(list(left))}, which the model of config.json has not"] if left else []
-        hint = ' (head="pretraining" or another may be what it was made with)' if "embedding_norm.bias" in state else ""
+        hint = ""
+        if family.model is Bert:
+            hint = (
+                '. Load it with the head that it was made with, such as head="pretraining"; `with_head` gives another'
+            )
         raise ValueError(f"{folder} {' and '.join(found_text)}{hint}")
     return state
 
@@ -211,6 +249,8 @@ def _join(weight: Weight, parts: list[Tensor]) -> Tensor:
 
 def _split(weight: Weight, tensor: Tensor) -> dict[str, Tensor]:
     tensor = tensor.T if weight.transposed else tensor
+    if weight.ours == "logits_bias":
+        tensor = tensor[None]
     parts = tensor.split(weight.rows) if len(weight.theirs) > 1 else (tensor,)
     return {name: part.contiguous() for name, part in zip(weight.theirs, parts, strict=True)}
 
@@ -231,12 +271,16 @@ def _resolved(config: Any) -> dict[str, Any]:
     return values
 
 
-def _check_expressible(name: str, family: Family, config: Any, values: dict[str, Any]) -> None:
-    """Reads back what was written: a field that comes back as another is one that transformers' model does not have."""
+def _check_expressible(name: str, family: Family, config: Any, values: dict[str, Any]) -> Any:
+    """The configuration read back from what was written: a field that comes back as another is one that transformers'
+    model does not have."""
     try:
-        back = _resolved(family.read(values))
+        back = family.read(values)
     except ValueError as error:
         raise ValueError(f"save_hf: transformers' {name} has no such model: {error}") from error
+    found = _resolved(back)
     for field, value in _resolved(config).items():
-        if field not in _OURS and back[field] != value:
-            raise ValueError(f"save_hf: transformers' {name} has no {field}={value!r}, only {back[field]!r}")
+        same = (*_OURS, "ops", "logits_bias")  # a bias of zeros is none
+        if field not in same and found[field] != value:
+            raise ValueError(f"save_hf: transformers' {name} has no {field}={value!r}, only {found[field]!r}")
+    return back

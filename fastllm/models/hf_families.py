@@ -148,7 +148,6 @@ def _read_llama(values: Values, qk_norm: bool = False) -> GPTConfig:
             "head_size": values.get("head_dim"),
             "hidden": values.get("intermediate_size", 11008),
             "bias": values.get("attention_bias", False),
-            "dropout": values.get("attention_dropout", 0.0),
             "norm_eps": values.get("rms_norm_eps", 1e-6),
             "rope_theta": theta,
             "rope_scaling": None if rope["rope_type"] == "default" else rope,
@@ -172,7 +171,6 @@ def _write_llama(config: GPTConfig) -> Values:
         "hidden_act": "silu",
         "attention_bias": config.bias,
         "mlp_bias": config.bias,
-        "attention_dropout": config.dropout,
         "rms_norm_eps": config.norm_eps,
         "rope_parameters": {"rope_theta": config.rope_theta, **(config.rope_scaling or {"rope_type": "default"})},
         "tie_word_embeddings": config.tie_embeddings,
@@ -214,9 +212,13 @@ _BERT_HEADS = {
 def _read_bert(values: Values) -> BertConfig:
     _expect(values, "bert", is_decoder=(False,), add_cross_attention=(False,), tie_word_embeddings=(True,))
     _expect(values, "bert", position_embedding_type=("absolute",))
+    _expect(values, "bert", problem_type=(None, "single_label_classification"))
     architecture = (values.get("architectures") or ["BertModel"])[0]
     if architecture not in _BERT_HEADS:
         raise ValueError(f"the architecture {architecture!r} is not supported, only {', '.join(_BERT_HEADS)}")
+    labels = len(values.get("id2label") or range(values.get("num_labels", 2)))
+    if labels == 1 and architecture == "BertForSequenceClassification":
+        raise ValueError("bert with one label is a regression, which is not supported")
     return BertConfig(
         vocab_size=values.get("vocab_size", 30522),
         context=values.get("max_position_embeddings", 512),
@@ -230,7 +232,7 @@ def _read_bert(values: Values) -> BertConfig:
         token_types=values.get("type_vocab_size", 2),
         pad_token=values.get("pad_token_id", 0),
         head=_BERT_HEADS[architecture],
-        labels=len(values.get("id2label") or (0, 1)),
+        labels=labels,
         head_dropout=values.get("classifier_dropout"),
     )
 
@@ -289,6 +291,7 @@ def _bert_weights(config: BertConfig) -> Iterator[Weight]:
 
 def _read_marian(values: Values, bart: bool = False) -> TransformerConfig:
     name = "bart" if bart else "marian"
+    _expect(values, name, tie_word_embeddings=(True,))
     shared = values.get("share_encoder_decoder_embeddings", True)
     for field in ("attention_heads", "ffn_dim"):
         _expect(values, name, **{f"encoder_{field}": (values.get(f"decoder_{field}"),)})
@@ -316,7 +319,6 @@ def _read_marian(values: Values, bart: bool = False) -> TransformerConfig:
         pad_token=pad,
         start_token=start,
         end_token=values.get("eos_token_id", 2 if bart else 0),
-        tie_embeddings=values.get("tie_word_embeddings", True),
         label_smoothing=0.0,
     )
 
@@ -377,8 +379,6 @@ def _marian_weights(config: TransformerConfig) -> Iterator[Weight]:
             yield from _linear(f"{ours}.mlp.down_proj", f"{theirs}.fc2", bias=True)
             yield from _norm(f"{ours}.mlp_norm", f"{theirs}.final_layer_norm")
     yield Weight("logits_bias", ("final_logits_bias",))
-    if not config.tie_embeddings:
-        yield Weight("head.weight", ("lm_head.weight",))
 
 
 # T5
@@ -501,13 +501,13 @@ def _read_bart(values: Values) -> TransformerConfig:
 
 FAMILIES = {
     "gpt2": Family(GPT, _read_gpt2, _write_gpt2, _gpt2_weights, "transformer.", _GPT2, (".attn.bias", ".masked_bias")),
-    "llama": Family(GPT, _read_llama, _write_llama, _llama_weights, "", _LLAMA, ("rotary_emb.inv_freq",)),
-    "qwen3": Family(GPT, _read_qwen3, _write_llama, _llama_weights, "", _LLAMA),
+    "llama": Family(GPT, _read_llama, _write_llama, _llama_weights, "model.", _LLAMA, ("rotary_emb.inv_freq",)),
+    "qwen3": Family(GPT, _read_qwen3, _write_llama, _llama_weights, "model.", _LLAMA),
     "bert": Family(Bert, _read_bert, _write_bert, _bert_weights, "bert.", _BERT, ("embeddings.position_ids",)),
     "marian": Family(
-        Transformer, _read_marian, _write_marian, _marian_weights, "", _SHARED, ("embed_positions.weight",)
+        Transformer, _read_marian, _write_marian, _marian_weights, "model.", _SHARED, ("embed_positions.weight",)
     ),
-    "bart": Family(Transformer, _read_bart, _write_marian, _marian_weights, "", _SHARED),
+    "bart": Family(Transformer, _read_bart, _write_marian, _marian_weights, "model.", _SHARED),
     "t5": Family(Transformer, _read_t5, _write_t5, _t5_weights, "", _T5),
 }
 

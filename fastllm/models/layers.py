@@ -64,8 +64,9 @@ def check_tokens(
         TypeError: for tokens that are no integers; ValueError: for those that are not (B, T), are none, do not fit into
             the context behind `start` others, or (on the CPU, where the host can see them) are outside the vocabulary.
     """
-    if tokens_BT.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{name}: {what} must be int64 or int32, got {tokens_BT.dtype}")
+    if not isinstance(tokens_BT, Tensor) or tokens_BT.dtype not in (torch.int64, torch.int32):
+        found = getattr(tokens_BT, "dtype", type(tokens_BT).__name__)
+        raise TypeError(f"{name}: {what} must be a tensor of int64 or int32, got {found}")
     if tokens_BT.ndim != 2 or tokens_BT.numel() == 0:
         raise ValueError(f"{name}: {what} must have shape (B, T), not empty, got {tuple(tokens_BT.shape)}")
     end = start + tokens_BT.shape[1]
@@ -397,6 +398,12 @@ def run_blocks(blocks: nn.ModuleList, norm: nn.Module | None, x: Tensor, scope: 
     return add_norm(norm, delta, x, dropout)[0]
 
 
+def check_reduction(config: ModelConfig, reduction: str) -> None:
+    if reduction not in ("mean", "sum"):
+        name = type(config).__name__.removesuffix("Config")
+        raise ValueError(f"{name}: reduction must be 'mean' or 'sum', got {reduction!r}")
+
+
 def logits_or_loss(
     config: ModelConfig,
     head: nn.Module,
@@ -410,6 +417,7 @@ def logits_or_loss(
     """Logits (B, T, V) of the output layer `head`, an `Embedding` or a `Linear`; with targets, their loss in float32,
     for which the ops need not hold the logits whole."""
     ops = ops_of(config)
+    check_reduction(config, reduction)
     options = {"ignore_index": IGNORE, "reduction": reduction, "label_smoothing": label_smoothing}
     # An adapter around the head has more to it than a weight.
     plain = isinstance(head, (Embedding, Linear)) or type(head) in (nn.Linear, nn.Embedding)

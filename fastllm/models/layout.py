@@ -74,6 +74,11 @@ class Layout(NamedTuple):
         cu = F.pad(mask_BT.sum(1).cumsum(0), (1, 0)).int()
         return cls(rows, positions_BT.flatten()[kept_N][None], longest, kept_N, cu)
 
+    def check(self, name: str, tokens_BT: Tensor) -> None:
+        """Raises ValueError for tokens of another shape than those whose layout this is."""
+        if tuple(tokens_BT.shape) != self.rows:
+            raise ValueError(f"{name}: the layout is of {self.rows} tokens, not {tuple(tokens_BT.shape)}")
+
     def at(self, offset: int) -> Tensor | slice:
         """The positions, so many further on."""
         if isinstance(self.positions, slice):

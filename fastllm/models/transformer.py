@@ -48,7 +48,7 @@ class TransformerConfig(ModelConfig):
     Attributes, beside those of `ModelConfig` (of which `layers` counts the decoder's blocks):
         encoder_layers: blocks of the encoder; None means `layers`.
         source_vocab_size: tokens of the source, which then has an embedding of its own; None shares the target's.
-        pad_token: fills sources up to one length, and targets.
+        pad_token: fills sources and targets up to one length; never a target of its own.
         start_token: what a target begins with; None means `pad_token`, as Marian and T5 have it.
         end_token: what a target ends with.
         scale_embedding: multiply embeddings by sqrt(width).
@@ -96,8 +96,16 @@ class TransformerConfig(ModelConfig):
                 f"TransformerConfig: pad_token must be a token of the source, too, got {self.pad_token} of "
                 f"{self.num_source_tokens}"
             )
-        if self.position_offset < 0:
-            raise ValueError(f"TransformerConfig: position_offset must not be negative, got {self.position_offset}")
+        if self.position_offset < 0 or (self.position_offset and self.position != "learned"):
+            raise ValueError(
+                f"TransformerConfig: position_offset is at least 0, and for learned positions, got "
+                f"{self.position_offset} with {self.position!r}"
+            )
+        if self.relative_buckets < 4 or self.relative_distance <= self.relative_buckets // 2:
+            raise ValueError(
+                f"TransformerConfig: relative_buckets is at least 4, relative_distance more than half of it, got "
+                f"{self.relative_buckets} and {self.relative_distance}"
+            )
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"TransformerConfig: label_smoothing must be in [0, 1), got {self.label_smoothing}")
 
@@ -222,7 +230,7 @@ class Transformer(nn.Module):
             raise ValueError(
                 f"Transformer: source has shape {tuple(source_BS.shape)}, targets {tuple(targets_BT.shape)}"
             )
-        valid_BT = targets_BT != IGNORE
+        valid_BT = (targets_BT != IGNORE) & (targets_BT != config.pad_token)
         mask_BT = valid_BT.flip(1).cumsum(1).flip(1) > 0
         target = Layout.of_padded("Transformer: targets", mask_BT, self._packs)
         if not self._packs:
@@ -287,8 +295,8 @@ class Transformer(nn.Module):
 
         Args:
             source_BS: (B, S) integers, S at most `config.context`.
-            targets_BT: (B, T) int64, T at most `config.context`, each with its end token; -100 takes no part in the
-                loss.
+            targets_BT: (B, T) int64, T at most `config.context`, each with its end token; -100 and the pad token take
+                no part in the loss.
             tokens_BT: (B, T), what the decoder is given; unless given, the start token and the targets up to the last
                 (teacher forcing).
             source_mask_BS: (B, S), true for a token, false for padding; unless given, padding is `config.pad_token`.
@@ -308,10 +316,21 @@ class Transformer(nn.Module):
             if targets_BT is None:
                 raise ValueError("Transformer: give targets, or tokens for the decoder")
             if targets_BT.ndim != 2 or targets_BT.numel() == 0:
-                raise ValueError(f"Transformer: targets must have shape (B, T), got {tuple(targets_BT.shape)}")
+                shape = tuple(targets_BT.shape)
+                raise ValueError(f"Transformer: targets must have shape (B, T), not empty, got {shape}")
             tokens_BT = self.shifted(targets_BT)
-        if layouts is None:
-            check_tokens("Transformer", tokens_BT, self.config.vocab_size, self.config.context, what="target tokens")
+        if targets_BT is not None:
+            targets_BT = targets_BT.masked_fill(targets_BT == self.config.pad_token, IGNORE)
+        if targets_BT is not None and targets_BT.shape != tokens_BT.shape:
+            shapes = f"{tuple(targets_BT.shape)}, the decoder's tokens {tuple(tokens_BT.shape)}"
+            raise ValueError(f"Transformer: targets have shape {shapes}")
+        check_tokens("Transformer", tokens_BT, self.config.vocab_size, self.config.context, what="target tokens")
+        if layouts is not None:
+            check_tokens("Transformer", source_BS, self.config.num_source_tokens, self.config.context, what="source")
+            layouts.source.check("Transformer: source", source_BS)
+            if layouts.target is not None:
+                layouts.target.check("Transformer: targets", tokens_BT)
+        else:
             layouts = self.layouts(source_BS, targets_BT, source_mask_BS)
             if layouts.source.kept_N is not None and layouts.target is None:
                 every_BT = torch.ones_like(tokens_BT, dtype=torch.bool)
@@ -369,6 +388,10 @@ class Transformer(nn.Module):
         if beams == 1 and n_best != 1:
             raise ValueError(f"generate: n_best={n_best} needs as many beams, got 1")
         forbidden = (config.pad_token,) if forbidden is None else forbidden
+        if outside := [token for token in forbidden if not 0 <= token < config.vocab_size]:
+            raise ValueError(f"generate: forbidden token {outside[0]} is outside the vocabulary of {config.vocab_size}")
+        if not math.isfinite(length_penalty):
+            raise ValueError(f"generate: length_penalty must be finite, got {length_penalty}")
         training = self.training
         self.eval()
         try:

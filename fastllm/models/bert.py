@@ -6,7 +6,7 @@ Letters in names of tensors as in `fastllm.models.layers`.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,14 +35,6 @@ from fastllm.models.layout import Layout
 from fastllm.tracing import host_values
 
 HEADS = ("mlm", "pretraining", "classification", "tokens", "span")
-PRESETS: dict[str, dict[str, Any]] = {
-    "bert-base": {},
-    "bert-large": {"layers": 24, "heads": 16, "width": 1024},
-    "bert-small": {"layers": 4, "heads": 8, "width": 512},
-    "bert-mini": {"layers": 4, "heads": 4, "width": 256},
-    "bert-tiny": {"layers": 2, "heads": 2, "width": 128},
-}
-"""Fields of BertConfig by name: BERT's two sizes, and three of the smaller ones of Turc et al., 2019."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +55,15 @@ class BertConfig(ModelConfig):
     Raises:
         ValueError: for a value that does not fit, naming it.
     """
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "bert-base": {},
+        "bert-large": {"layers": 24, "heads": 16, "width": 1024},
+        "bert-small": {"layers": 4, "heads": 8, "width": 512},
+        "bert-mini": {"layers": 4, "heads": 4, "width": 256},
+        "bert-tiny": {"layers": 2, "heads": 2, "width": 128},
+    }
+    """By name: BERT's two sizes, and three of the smaller ones of Turc et al., 2019."""
 
     vocab_size: int = 30522
     context: int = 512
@@ -99,17 +100,6 @@ class BertConfig(ModelConfig):
     @property
     def has_pooler(self) -> bool:
         return self.head in ("pretraining", "classification", None) if self.pooler is None else self.pooler
-
-    @classmethod
-    def preset(cls, name: str, **changes: Any) -> BertConfig:
-        """One of `PRESETS`; `changes` are fields.
-
-        Raises:
-            ValueError: for another name.
-        """
-        if name not in PRESETS:
-            raise ValueError(f"BertConfig: there is no preset {name!r}, only {', '.join(PRESETS)}")
-        return cls(**{**PRESETS[name], **changes})
 
 
 class MaskedHead(nn.Module):

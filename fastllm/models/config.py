@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 Config = TypeVar("Config", bound="ModelConfig")
 
@@ -51,6 +51,9 @@ class ModelConfig:
     Raises:
         ValueError: for a value that does not fit, naming it.
     """
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
+    """Fields by name of a size."""
 
     vocab_size: int = 50257
     context: int = 1024
@@ -130,6 +133,17 @@ class ModelConfig:
         if self.hidden is not None:
             return self.hidden
         return math.ceil(8 * self.width / 3 / 64) * 64 if self.gated else 4 * self.width
+
+    @classmethod
+    def preset(cls: type[Config], name: str, **changes: Any) -> Config:
+        """One of `PRESETS`; `changes` are fields.
+
+        Raises:
+            ValueError: for another name.
+        """
+        if name not in cls.PRESETS:
+            raise ValueError(f"{cls.__name__}: there is no preset {name!r}, only {', '.join(cls.PRESETS)}")
+        return cls(**{**cls.PRESETS[name], **changes})
 
     @classmethod
     def from_dict(cls: type[Config], values: dict[str, Any]) -> Config:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,15 +32,6 @@ from fastllm.models.layout import KVCache, Layout
 from fastllm.models.sampling import sample_token
 
 LLAMA = {"norm": "rms_norm", "position": "rotary", "mlp": "swiglu", "bias": False, "tie_embeddings": False}
-PRESETS: dict[str, dict[str, Any]] = {
-    "gpt2-124m": {},
-    "gpt2-355m": {"layers": 24, "heads": 16, "width": 1024},
-    "gpt2-774m": {"layers": 36, "heads": 20, "width": 1280},
-    "gpt2-1558m": {"layers": 48, "heads": 25, "width": 1600},
-    "llama-160m": {**LLAMA, "vocab_size": 32000, "context": 2048, "hidden": 3072},
-}
-"""Fields of GPTConfig by name: GPT-2's four sizes (Radford et al., 2019), and Llama's architecture (Touvron et al.,
-2023) with the layers and width of the smallest of them, and a vocabulary of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +47,16 @@ class GPTConfig(ModelConfig):
         ValueError: for a value that does not fit, naming it.
     """
 
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "gpt2-124m": {},
+        "gpt2-355m": {"layers": 24, "heads": 16, "width": 1024},
+        "gpt2-774m": {"layers": 36, "heads": 20, "width": 1280},
+        "gpt2-1558m": {"layers": 48, "heads": 25, "width": 1600},
+        "llama-160m": {**LLAMA, "vocab_size": 32000, "context": 2048, "hidden": 3072},
+    }
+    """By name: GPT-2's four sizes (Radford et al., 2019), and Llama's architecture (Touvron et al.,
+    2023) with the layers and width of the smallest of them, and a vocabulary of its own."""
+
     document_token: int | None = None
 
     def __post_init__(self) -> None:
@@ -64,17 +65,6 @@ class GPTConfig(ModelConfig):
         if not self.norm_first or self.position == "relative":
             wrong = "norm_first=False" if not self.norm_first else "position='relative'"
             raise ValueError(f"GPTConfig: {wrong} is for other models")
-
-    @classmethod
-    def preset(cls, name: str, **changes: Any) -> GPTConfig:
-        """One of `PRESETS`; `changes` are fields.
-
-        Raises:
-            ValueError: for another name.
-        """
-        if name not in PRESETS:
-            raise ValueError(f"GPTConfig: there is no preset {name!r}, only {', '.join(PRESETS)}")
-        return cls(**{**PRESETS[name], **changes})
 
     @classmethod
     def gpt2(cls, **changes: Any) -> GPTConfig:

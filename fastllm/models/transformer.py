@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,13 +33,6 @@ from fastllm.models.layers import (
 from fastllm.models.layout import KVCache, Layout
 from fastllm.models.sampling import sample_token
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "transformer-base": {"layers": 6, "heads": 8, "width": 512},
-    "transformer-big": {"layers": 6, "heads": 16, "width": 1024, "dropout": 0.3},
-    "transformer-small": {"layers": 4, "heads": 4, "width": 256},
-}
-"""Fields of TransformerConfig by name: the two models of Vaswani et al., 2017, and one for small data."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerConfig(ModelConfig):
@@ -62,6 +55,13 @@ class TransformerConfig(ModelConfig):
     Raises:
         ValueError: for a value that does not fit, naming it.
     """
+
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "transformer-base": {"layers": 6, "heads": 8, "width": 512},
+        "transformer-big": {"layers": 6, "heads": 16, "width": 1024, "dropout": 0.3},
+        "transformer-small": {"layers": 4, "heads": 4, "width": 256},
+    }
+    """By name: the two models of Vaswani et al., 2017, and one for small data."""
 
     vocab_size: int = 37000
     context: int = 512
@@ -120,17 +120,6 @@ class TransformerConfig(ModelConfig):
     @property
     def first_token(self) -> int:
         return self.pad_token if self.start_token is None else self.start_token
-
-    @classmethod
-    def preset(cls, name: str, **changes: Any) -> TransformerConfig:
-        """One of `PRESETS`; `changes` are fields.
-
-        Raises:
-            ValueError: for another name.
-        """
-        if name not in PRESETS:
-            raise ValueError(f"TransformerConfig: there is no preset {name!r}, only {', '.join(PRESETS)}")
-        return cls(**{**PRESETS[name], **changes})
 
 
 class Layouts(NamedTuple):

@@ -94,7 +94,9 @@ def compare(weights: dict[str, Tensor], config: GPTConfig, batches: data.Dataset
     tqdm = require("tqdm", "train").tqdm
     bar = tqdm(range(WARMUP + rounds), desc="compare", unit="round")
     for index in bar:
-        for one in contenders:
+        first = index // 2 % len(contenders)  # none always follows the same one
+        order = contenders[first:] + contenders[:first]
+        for one in order if index % 2 else order[::-1]:
             bar.set_postfix_str(one.name)  # the first step of one is to be compiled
             one.step(timed=index >= WARMUP)
     return contenders

@@ -56,6 +56,15 @@ def add_norm(norm: nn.Module, x: Tensor, residual: Tensor, dropout: float) -> tu
     return norm(total), total
 
 
+def compiled_as_one(*norms: nn.Module) -> bool:
+    """Whether to leave norms of queries and keys, and the rotation behind them, to torch.compile as plain PyTorch: it
+    makes one kernel of them and of what gathers their gradients. Not of modules that others watch, as FSDP2 does."""
+    if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        return False
+    known = (fastllm.nn.LayerNorm, fastllm.nn.RMSNorm)
+    return all(type(n) in known and not n._forward_pre_hooks and not n._forward_hooks for n in norms)
+
+
 def check_tokens(
     name: str, tokens_BT: Tensor, vocab_size: int, context: int, start: int = 0, what: str = "tokens"
 ) -> None:
@@ -237,10 +246,15 @@ class Attention(nn.Module):
 
     def _project(self, x_BTC: Tensor, scope: Scope) -> tuple[Tensor, Tensor, Tensor]:
         q_BTHD, k_BTHD, v_BTHD = self._split(self.qkv_proj(x_BTC), self.heads, self.kv_heads, self.kv_heads)
+        ops = ops_of(self.config)
         if self.q_norm is not None and self.k_norm is not None:
-            q_BTHD, k_BTHD = self.q_norm(q_BTHD), self.k_norm(k_BTHD)
+            if compiled_as_one(self.q_norm, self.k_norm):
+                ops = torch_ops
+                q_BTHD, k_BTHD = torch_ops.norm(self.q_norm, q_BTHD), torch_ops.norm(self.k_norm, k_BTHD)
+            else:
+                q_BTHD, k_BTHD = self.q_norm(q_BTHD), self.k_norm(k_BTHD)
         if scope.rotary is not None:
-            rotated = ops_of(self.config).rotary(q_BTHD.transpose(1, 2), k_BTHD.transpose(1, 2), *scope.rotary)
+            rotated = ops.rotary(q_BTHD.transpose(1, 2), k_BTHD.transpose(1, 2), *scope.rotary)
             q_BTHD, k_BTHD = (x.transpose(1, 2) for x in rotated)
         return q_BTHD, k_BTHD, v_BTHD
 

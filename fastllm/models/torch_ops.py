@@ -29,6 +29,12 @@ class RMSNorm(torch.nn.RMSNorm):
         return _add_norm(super().forward, x, residual, dropout)
 
 
+def norm(module: Any, x: Tensor) -> Tensor:
+    """`module` as torch's own class computes it."""
+    stock = torch.nn.LayerNorm if isinstance(module, torch.nn.LayerNorm) else torch.nn.RMSNorm
+    return stock.forward(module, x)
+
+
 def attention(
     query: Tensor,
     key: Tensor,

@@ -363,6 +363,12 @@ def test_what_the_models_do_not_use_travels_on(tmp_path):
     values = json.loads((tmp_path / "again/config.json").read_text())
     assert (values["eos_token_id"], values["pad_token_id"]) == ([5, 6], 8)
     assert load_hf(tmp_path / "again").config.dropout == 0.25
+    older = {"rope_parameters": None, "rope_theta": 77.0, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    model = load_hf(edited(tmp_path, tmp_path, **older, torch_dtype="bfloat16"))
+    values = json.loads((save_hf(model, tmp_path / "again") / "config.json").read_text())
+    assert values["rope_parameters"] == {"rope_theta": 77.0, "rope_type": "linear", "factor": 2.0}
+    assert not values.keys() & {"torch_dtype", "rope_scaling", "rope_theta"}
+    edited(tmp_path, tmp_path, rope_parameters={"rope_type": "default"}, rope_scaling=None)
     assert load_hf(tmp_path).config.dropout == 0.0
     config = TransformerConfig(vocab_size=31, context=8, layers=1, heads=2, width=16, label_smoothing=0.1)
     assert load_hf(save_hf(Transformer(config), tmp_path / "pair")).config.label_smoothing == 0.1

@@ -104,7 +104,8 @@ def save_hf(model: nn.Module, folder: str | Path, *, shard_bytes: int = 5 * 10**
     written = {"model_type": name, **family.write(config)}
     back = _check_expressible(name, family, config, written)
     extra = {f: getattr(config, f) for f in _OURS if hasattr(config, f) and getattr(config, f) != getattr(back, f)}
-    before = getattr(model, "hf_config", {})
+    old = ("torch_dtype", "rope_scaling", "rope_theta")  # earlier names of what is written
+    before = {key: value for key, value in getattr(model, "hf_config", {}).items() if key not in old}
     if len(before.get("id2label") or ()) == len(written.get("id2label", ())):
         written = {key: value for key, value in written.items() if key not in ("id2label", "label2id")}
     # GPT-2's and Llama's classes have special tokens of their own, which a vocabulary may lack.

@@ -12,16 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastllm.models.config import ModelConfig
+from fastllm.models.config import ModelConfig, check_positive
 from fastllm.models.layers import (
     IGNORE,
     Block,
     Embedding,
     Linear,
+    Model,
     Scope,
     add_positions,
     check_reduction,
     check_tokens,
+    evaluating,
     gelu_of,
     init_weights,
     logits_or_loss,
@@ -80,7 +82,7 @@ class BertConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_positive("labels")
+        check_positive(self, "labels")
         if not self.tie_embeddings:
             raise ValueError(
                 "BertConfig: tie_embeddings=False is not there: the masked head has the embedding's weight"
@@ -128,7 +130,7 @@ class Pooler(nn.Module):
         return torch.tanh(self.dense(first_BC))
 
 
-class Bert(nn.Module):
+class Bert(Model):
     """BERT with one of its heads. On fastllm's ops, what pads the rows is left out: attention runs over packed
     sequences, everything else over tokens alone."""
 
@@ -150,9 +152,6 @@ class Bert(nn.Module):
         self.head = nn.Linear(config.width, width) if width else None
         self.head_dropout = nn.Dropout(config.dropout if config.head_dropout is None else config.head_dropout)
         init_weights(self, 1 if not config.norm_first else config.layers)
-
-    def num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.parameters())
 
     def layout(self, tokens_BT: Tensor, mask_BT: Tensor | None = None) -> Layout:
         """Where the tokens lie among the padding: `mask_BT` (True for a token), or what is not `pad_token`.
@@ -177,7 +176,7 @@ class Bert(nn.Module):
 
     def chosen(self, targets_BT: Tensor, layout: Layout) -> Tensor:
         """The positions that "mlm" and "pretraining" predict, (M,) in the flattened batch that `layout` packs."""
-        return (_packed_targets(targets_BT, layout).flatten() != IGNORE).nonzero()[:, 0]
+        return _valid(_packed_targets(targets_BT, layout))
 
     def hidden(self, tokens_BT: Tensor, types_BT: Tensor | None, layout: Layout) -> Tensor:
         """The last hidden states, (B, T, C), or where `layout` leaves padding out (1, N, C)."""
@@ -188,7 +187,7 @@ class Bert(nn.Module):
         x_BTC = self.embedding(tokens)
         if self.token_types is not None:
             types = torch.zeros_like(tokens) if types_BT is None else layout.pack(types_BT)
-            if (seen := host_values(types)) is not None:
+            if types_BT is not None and (seen := host_values(types)) is not None:
                 for bound in map(int, seen.aminmax()):
                     if not 0 <= bound < config.token_types:
                         raise ValueError(f"Bert: token types must be in [0, {config.token_types}), got {bound}")
@@ -280,9 +279,9 @@ class Bert(nn.Module):
         if targets_BT is None:
             logits = self.masked_head(x, self.embedding, None, reduction)
             return layout.unpack(logits)
-        if chosen_M is None and not torch.compiler.is_compiling():
-            chosen_M = self.chosen(targets_BT, layout)
         targets = _packed_targets(targets_BT, layout)
+        if chosen_M is None and not torch.compiler.is_compiling():
+            chosen_M = _valid(targets)
         if chosen_M is not None:  # the head is the larger part of a small model, and one token in seven is masked
             x, targets = x.flatten(0, 1).index_select(0, chosen_M), targets.flatten()[chosen_M]
         return self.masked_head(x, self.embedding, targets, reduction)
@@ -337,13 +336,9 @@ class Bert(nn.Module):
         """
         if pool not in ("mean", "first", None):
             raise ValueError(f"Bert: pool must be 'mean', 'first' or None, got {pool!r}")
-        training = self.training
-        self.eval()
-        try:
+        with evaluating(self):
             layout = self.layout(tokens_BT, mask_BT)
             x = self.hidden(tokens_BT, types_BT, layout)
-        finally:
-            self.train(training)
         if layout.kept_N is None and layout.mask is None:
             return x if pool is None else x.mean(1) if pool == "mean" else x[:, 0]
         x_BTC = layout.unpack(x)
@@ -351,7 +346,7 @@ class Bert(nn.Module):
             x_BTC = x_BTC * layout.mask[:, 0, 0, :, None]
         if pool is None:
             return x_BTC
-        kept_BT: Any = tokens_BT != self.config.pad_token if mask_BT is None else mask_BT.bool()
+        kept_BT = layout.tokens(tokens_BT.device)
         if pool == "mean":
             return x_BTC.sum(1) / kept_BT.sum(1, keepdim=True)
         return x_BTC[torch.arange(len(x_BTC), device=x_BTC.device), kept_BT.int().argmax(1)]
@@ -380,6 +375,10 @@ def _packed_targets(targets_BT: Tensor, layout: Layout) -> Tensor:
     """The targets as `layout` packs them, of which padding has none."""
     targets = layout.pack(targets_BT)
     return targets if layout.mask is None else targets.masked_fill(~layout.mask[:, 0, 0], IGNORE)
+
+
+def _valid(targets: Tensor) -> Tensor:
+    return (targets.flatten() != IGNORE).nonzero()[:, 0]
 
 
 class Masked(NamedTuple):
@@ -433,12 +432,11 @@ def mask_tokens(
         if low < 0 or high >= shape[1]:
             raise ValueError(f"mask_tokens: words must be from 0 to {shape[1] - 1}, got {low if low < 0 else high}")
         drawn_BT = drawn_BT.gather(1, words_BT)
-    chosen_BT = drawn_BT < share
     if special is not None:
         if special.shape != shape:
             raise ValueError(f"mask_tokens: special has shape {tuple(special.shape)}, tokens {tuple(shape)}")
         drawn_BT = drawn_BT.masked_fill(special.bool(), 2.0)
-        chosen_BT = drawn_BT < share
+    chosen_BT = drawn_BT < share
     if not chosen_BT.any():  # of a small batch at least one, without which there is no loss
         chosen_BT = (drawn_BT == drawn_BT.min()) & (drawn_BT < 1)
     fate_BT = draw()

@@ -17,6 +17,14 @@ _CHOICES = {
 _POSITIVE = ("vocab_size", "context", "layers", "heads", "width", "num_kv_heads", "head_dim", "mlp_width")
 
 
+def check_positive(config: Any, *names: str) -> None:
+    """Raises ValueError for a field of these that is no positive int."""
+    for field in names:
+        value = getattr(config, field)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{type(config).__name__}: {field} must be a positive int, got {value!r}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The shape of a Transformer.
@@ -81,7 +89,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         name = type(self).__name__
-        self._check_positive(*_POSITIVE)
+        check_positive(self, *_POSITIVE)
         for field, choices in _CHOICES.items():
             if getattr(self, field) not in choices:
                 raise ValueError(f"{name}: {field} must be one of {choices}, got {getattr(self, field)!r}")
@@ -94,7 +102,7 @@ class ModelConfig:
         if self.position == "sinusoidal" and self.width % 2:
             raise ValueError(f"{name}: sinusoidal positions need an even width, got {self.width}")
         if self.window is not None:
-            self._check_positive("window")
+            check_positive(self, "window")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"{name}: dropout must be in [0, 1), got {self.dropout}")
         if not 0 <= self.softcap < math.inf:
@@ -102,12 +110,6 @@ class ModelConfig:
         for field in ("norm_eps", "rope_theta"):
             if not getattr(self, field) > 0:
                 raise ValueError(f"{name}: {field} must be positive, got {getattr(self, field)}")
-
-    def _check_positive(self, *names: str) -> None:
-        for field in names:
-            value = getattr(self, field)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{type(self).__name__}: {field} must be a positive int, got {value!r}")
 
     def _check_token(self, field: str) -> None:
         token = getattr(self, field)

@@ -17,10 +17,12 @@ from fastllm.models.layers import (
     Block,
     Embedding,
     Linear,
+    Model,
     Scope,
     add_positions,
     check_ids,
     check_tokens,
+    evaluating,
     init_weights,
     logits_or_loss,
     make_norm,
@@ -77,7 +79,7 @@ class GPTConfig(ModelConfig):
         return cls(**{**LLAMA, **changes})
 
 
-class GPT(nn.Module):
+class GPT(Model):
     """A decoder-only language model.
 
     Weights start as GPT-2's: normal with standard deviation 0.02, and 0.02 / sqrt(2 * layers) where a block adds to the
@@ -101,9 +103,6 @@ class GPT(nn.Module):
         if self.config.document_token is None:
             return None
         return Layout.of_documents(tokens_BT, self.config.document_token, packed=self.config.ops == "fastllm")
-
-    def num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.parameters())
 
     def forward(
         self,
@@ -191,9 +190,7 @@ class GPT(nn.Module):
         stopped_B = torch.zeros(batch, dtype=torch.bool, device=device)
         cache = KVCache(self.config, batch, prompt + max_new_tokens, device=device, dtype=self.embedding.weight.dtype)
         output_BT = tokens_BT.long()
-        training = self.training
-        self.eval()
-        try:
+        with evaluating(self):
             for _ in range(max_new_tokens):
                 logits_BTV = self(output_BT[:, cache.filled :], cache=cache)
                 next_B = sample_token(
@@ -205,6 +202,4 @@ class GPT(nn.Module):
                     stopped_B |= torch.isin(next_B, stops)
                     if stopped_B.all():
                         break
-        finally:
-            self.train(training)
         return output_BT

@@ -6,8 +6,9 @@ of a head, V vocabulary, L layers, N tokens of a packed batch. Where padding is 
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -23,6 +24,24 @@ from fastllm.tracing import host_values
 
 IGNORE = -100
 """The target that takes no part in the loss, as in torch.nn.functional.cross_entropy."""
+
+
+class Model(nn.Module):
+    """What all models can."""
+
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In eval mode inside, in the mode that it was in behind."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 class Scope(NamedTuple):
@@ -52,8 +71,7 @@ def add_norm(norm: nn.Module, x: Tensor, residual: Tensor, dropout: float) -> tu
     """Returns (norm(sum), sum), sum = dropout(x) + residual: fused where the norm knows how."""
     if isinstance(norm, (fastllm.nn.LayerNorm, fastllm.nn.RMSNorm, torch_ops.LayerNorm, torch_ops.RMSNorm)):
         return norm(x, residual, dropout)
-    total = F.dropout(x, dropout) + residual if dropout else x + residual  # somebody put another there
-    return norm(total), total
+    return torch_ops.add_norm(norm, x, residual, dropout)  # somebody put another there
 
 
 def compiled_as_one(*norms: nn.Module) -> bool:

@@ -85,6 +85,14 @@ class Layout(NamedTuple):
             return slice(self.positions.start + offset, self.positions.stop + offset)
         return self.positions + offset
 
+    def tokens(self, device: torch.device) -> Tensor:
+        """(B, T) bool: True for a token, False for padding."""
+        if self.mask is not None:
+            return self.mask[:, 0, 0]
+        if self.kept_N is None:
+            return torch.ones(self.rows, dtype=torch.bool, device=device)
+        return self.unpack(torch.ones(1, len(self.kept_N), dtype=torch.bool, device=device))
+
     def pack(self, x_BT: Tensor) -> Tensor:
         """(B, T) to (1, N), without padding; as it is where padding stays."""
         return x_BT if self.kept_N is None else x_BT.flatten()[self.kept_N][None]

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def _add_norm(norm: Any, x: Tensor, residual: Tensor | None, dropout: float) -> Any:
+def add_norm(norm: Any, x: Tensor, residual: Tensor | None, dropout: float) -> Any:
+    """norm(x), or with a residual (norm(sum), sum), sum = dropout(x) + residual."""
     if residual is None:
         return norm(x)
     total = (F.dropout(x, dropout) if dropout else x) + residual
@@ -20,13 +21,13 @@ def _add_norm(norm: Any, x: Tensor, residual: Tensor | None, dropout: float) -> 
 class LayerNorm(torch.nn.LayerNorm):
     def forward(self, input: Tensor, residual: Tensor | None = None, dropout: float = 0.0) -> Any:
         """As `fastllm.nn.LayerNorm`."""
-        return _add_norm(super().forward, input, residual, dropout)
+        return add_norm(super().forward, input, residual, dropout)
 
 
 class RMSNorm(torch.nn.RMSNorm):
     def forward(self, x: Tensor, residual: Tensor | None = None, dropout: float = 0.0) -> Any:
         """As `fastllm.nn.RMSNorm`."""
-        return _add_norm(super().forward, x, residual, dropout)
+        return add_norm(super().forward, x, residual, dropout)
 
 
 def norm(module: Any, x: Tensor) -> Tensor:
@@ -120,40 +121,18 @@ def swiglu(gate: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def geglu(gate: Tensor, up: None = None, approximate: str = "tanh") -> Tensor:
-    left, right = gate.chunk(2, dim=-1)
-    return F.gelu(left, approximate=approximate) * right
+def geglu(gate: Tensor) -> Tensor:
+    gate, up = gate.chunk(2, dim=-1)
+    return F.gelu(gate, approximate="tanh") * up
 
 
 def linear_cross_entropy(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    *,
-    linear_bias: Tensor | None = None,
-    reduction: str = "mean",
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    softcap: float = 0.0,
-    dtype: torch.dtype | None = None,
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None, **options: Any
 ) -> Tensor:
     """As `fastllm.ops.linear_cross_entropy`."""
-    return cross_entropy(
-        F.linear(input, linear_weight, linear_bias),
-        target,
-        reduction=reduction,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        softcap=softcap,
-        dtype=dtype,
-    )
+    return cross_entropy(F.linear(input, linear_weight, linear_bias), target, **options)
 
 
-def cross_entropy(
-    input: Tensor, target: Tensor, *, softcap: float = 0.0, dtype: torch.dtype | None = None, **options: Any
-) -> Tensor:
+def cross_entropy(input: Tensor, target: Tensor, *, dtype: torch.dtype, **options: Any) -> Tensor:
     """As `fastllm.ops.cross_entropy`, of logits with the classes last."""
-    logits = input.flatten(0, -2).to(dtype or input.dtype)
-    if softcap:
-        logits = softcap * torch.tanh(logits / softcap)
-    return F.cross_entropy(logits, target.flatten(), **options)
+    return F.cross_entropy(input.flatten(0, -2).to(dtype), target.flatten(), **options)

@@ -14,16 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from fastllm.models.beam import Hypotheses, beam_search
-from fastllm.models.config import ModelConfig
+from fastllm.models.config import ModelConfig, check_positive
 from fastllm.models.layers import (
     IGNORE,
     Block,
     Embedding,
     Linear,
+    Model,
     RelativeBias,
     Scope,
     add_positions,
     check_tokens,
+    evaluating,
     logits_or_loss,
     make_norm,
     make_positions,
@@ -88,7 +90,7 @@ class TransformerConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_positive("num_encoder_layers", "num_source_tokens", "relative_buckets", "relative_distance")
+        check_positive(self, "num_encoder_layers", "num_source_tokens", "relative_buckets", "relative_distance")
         for name in ("pad_token", "start_token", "end_token"):
             self._check_token(name)
         if not 0 <= self.pad_token < self.num_source_tokens:
@@ -154,7 +156,7 @@ class Side(nn.Module):
         return run_blocks(self.blocks, self.norm, x, scope, self.config.dropout if self.training else 0.0)
 
 
-class Transformer(nn.Module):
+class Transformer(Model):
     """A model of one sequence given another. On fastllm's ops, what pads sources and targets is left out: attention
     runs over packed sequences, everything else over tokens alone.
 
@@ -188,9 +190,6 @@ class Transformer(nn.Module):
     def _packs(self) -> bool:
         # A bias of the scores is made for rows.
         return self.config.ops == "fastllm" and self.config.position != "relative"
-
-    def num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.parameters())
 
     def shifted(self, targets_BT: Tensor) -> Tensor:
         """What the decoder is given to predict these targets: the start token, and all but the last of them."""
@@ -381,14 +380,12 @@ class Transformer(nn.Module):
             raise ValueError(f"generate: forbidden token {outside[0]} is outside the vocabulary of {config.vocab_size}")
         if not math.isfinite(length_penalty):
             raise ValueError(f"generate: length_penalty must be finite, got {length_penalty}")
-        training = self.training
-        self.eval()
-        try:
+        with evaluating(self):
             source = self.layouts(source_BS, None, source_mask_BS).source
             memory_BSC = source.unpack(self.encode(source_BS, source)).repeat_interleave(beams, 0)
             # From here on decoders go step by step, and have rows of one length to attend to.
-            mask_BS = source_BS != config.pad_token if source_mask_BS is None else source_mask_BS.bool()
-            layouts = Layouts(Layout.of_padded("", mask_BS.repeat_interleave(beams, 0), packed=False), None)
+            mask_BS = source.tokens(source_BS.device).repeat_interleave(beams, 0)
+            layouts = Layouts(Layout.of_padded("", mask_BS, packed=False), None)
             batch, device = source_BS.shape[0], source_BS.device
             cache = KVCache(config, batch * beams, max_new_tokens, device=device, dtype=memory_BSC.dtype)
 
@@ -415,8 +412,6 @@ class Transformer(nn.Module):
                 step, start_B, max_new_tokens, length_penalty, forbidden, force_end, seed,
                 temperature=temperature, top_k=top_k, top_p=top_p,
             )  # fmt: skip
-        finally:
-            self.train(training)
 
     def _generate_one(
         self,

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastllm._extras import require
+from fastllm.models.config import check_positive
 from fastllm.models.word_vectors import WordVectors
 
 _SPAN = 16  # T, unless the rate is high, and K, unless there are more negatives
@@ -76,10 +77,7 @@ class Word2VecConfig:
     def __post_init__(self) -> None:
         if self.architecture not in ("skip_gram", "cbow"):
             raise ValueError(f"Word2VecConfig: architecture must be skip_gram or cbow, got {self.architecture!r}")
-        for name in ("dim", "window", "negatives", "min_count", "epochs"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"Word2VecConfig: {name} must be a positive int, got {value!r}")
+        check_positive(self, "dim", "window", "negatives", "min_count", "epochs")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 2**63:
             raise ValueError(f"Word2VecConfig: seed must be an int in [0, 2^63), got {self.seed!r}")
         if not 0 <= self.sample < math.inf:

@@ -19,7 +19,7 @@ from torch import Tensor
 from fastllm._extras import require
 from fastllm.data import Dataset, SequentialWindows, decode, encode
 from fastllm.models import GPT
-from fastllm.models.layers import IGNORE
+from fastllm.models.layers import IGNORE, evaluating
 from fastllm.optim import AdamW
 from fastllm.trainer import checkpoint
 from fastllm.trainer._files import reading, writing
@@ -192,17 +192,13 @@ def evaluate(
     batches = -(-len(data) // batch_size)
     if max_batches:
         batches = min(batches, max_batches)
-    training = model.training
-    model.eval()
     total, tokens = 0.0, 0
-    try:
+    with evaluating(model):
         for index in range(batches):
             inputs, targets = data.batch(index, batch_size)
             tokens += int((targets != IGNORE).sum())
             with _autocast(device, precision):
                 total += model(inputs.to(device), targets.to(device), reduction="sum").item()
-    finally:
-        model.train(training)
     return total / tokens, tokens
 
 

@@ -58,10 +58,12 @@ def shard(model: torch.nn.Module, how: str) -> None:
     fully_shard(model)
 
 
-def check(model: torch.nn.Module, how: str, rank: int, checkpointed: bool = False, compiled: bool = False) -> None:
+def check(model: torch.nn.Module, how: str, rank: int, checkpointed: str = "", compiled: bool = False) -> None:
     """Loss and gradients of two passes are those of the whole model on the whole batch."""
     alone = copy.deepcopy(model)
-    if checkpointed:
+    if checkpointed == "model":
+        model.checkpoint_activations()
+    elif checkpointed == "torch":
         apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, Block))
     shard(model, how)
     call = torch.compile(model, backend="aot_eager") if compiled else model
@@ -83,7 +85,7 @@ def check(model: torch.nn.Module, how: str, rank: int, checkpointed: bool = Fals
 def small_gpt(**changes) -> GPT:
     torch.manual_seed(1)
     make = GPTConfig.llama if changes.pop("llama", False) else GPTConfig.gpt2
-    return GPT(make(**SIZE, **changes))
+    return GPT(make(**{**SIZE, **changes}))
 
 
 def generated() -> None:
@@ -106,6 +108,7 @@ def eager(rank: int) -> None:
     check(Everything(), "leaves", rank)
     check(small_gpt(), "leaves", rank)
     check(small_gpt(llama=True), "blocks", rank)
+    check(small_gpt(llama=True, layers=3), "blocks", rank, checkpointed="model")
 
 
 def more(rank: int) -> None:
@@ -116,12 +119,15 @@ def more(rank: int) -> None:
             check(small_gpt(**changes), how, rank)
     for changes in ({"ops": "torch"}, {"ops": "torch", "llama": True}, {"document_token": 3}):
         check(small_gpt(**changes), "leaves", rank)
-    check(small_gpt(llama=True), "blocks", rank, checkpointed=True)
+    check(small_gpt(llama=True), "blocks", rank, checkpointed="torch")
+    for how in ("leaves", "root"):
+        check(small_gpt(), how, rank, checkpointed="model")
     generated()
 
 
 def compiled(rank: int) -> None:
     check(small_gpt(llama=True), "blocks", rank, compiled=True)
+    check(small_gpt(llama=True), "blocks", rank, checkpointed="model", compiled=True)
 
 
 if __name__ == "__main__":

@@ -160,6 +160,41 @@ def test_padding_has_no_target(head, ops):
     torch.testing.assert_close(model(batch(), everywhere), model(batch(), targets))
 
 
+@pytest.mark.parametrize(
+    ("head", "smoothing"), [(head, s) for head in HEADS[:-1] for s in (0.0, 0.2) if head != "span" or s == 0]
+)
+def test_sum_by_count_is_the_mean(head, smoothing):
+    model, targets = make(head=head, labels=3, label_smoothing=smoothing), targets_of(head)
+    if head == "span":
+        targets[1] = -100  # a row without an answer
+    count = {"classification": 4, "span": 3, "pretraining": model.count(targets)}.get(head)
+    assert model.count(targets) == (count or (targets != -100).sum())
+    options = model.prepare(batch(), targets)
+    total = model(batch(), targets, reduction="sum", **options)
+    torch.testing.assert_close(total / model.count(targets), model(batch(), targets))
+
+
+def test_label_smoothing_is_of_training_alone():
+    model, targets = make(label_smoothing=0.2), targets_of("mlm")
+    for training, smoothing in ((True, 0.2), (False, 0.0)):
+        logits = model.train(training)(batch()).flatten(0, 1)
+        expected = torch.nn.functional.cross_entropy(logits, targets.flatten(), label_smoothing=smoothing)
+        torch.testing.assert_close(model(batch(), targets), expected)
+    assert model.with_head("span", label_smoothing=0.0).config.label_smoothing == 0
+
+
+def test_options_are_those_that_a_forward_finds():
+    model, targets = make(head="pretraining"), targets_of("pretraining")
+    types = (torch.arange(24) > 7).long().expand(4, 24)
+    mask = batch() != 0
+    mask[1, 20:] = False
+    options = model.prepare(batch(), targets, types_BT=types, mask_BT=mask)
+    assert sorted(options) == ["chosen_M", "layout", "types_BT"]
+    found = model(batch(), targets, **options)
+    assert torch.equal(found, model(batch(), targets, types_BT=types, mask_BT=mask))
+    assert not torch.equal(found, model(batch(), targets))
+
+
 def test_whole_words_are_masked_whole():
     words = torch.arange(60).div(3, rounding_mode="floor").expand(50, 60).contiguous()
     tokens = torch.randint(3, 1000, (50, 60), generator=torch.Generator().manual_seed(0))
@@ -239,6 +274,10 @@ PADDED = torch.tensor([[1, 2], [3, 0]])
         (lambda m: m.with_head("span", heads=2, labels=3), "heads is the encoder's, which stays"),
         (lambda m: BertConfig(head="nothing"), "head must be one of .* or None, got 'nothing'"),
         (lambda m: BertConfig(head="classification", pooler=False), "head='classification' needs a pooler"),
+        (
+            lambda m: BertConfig(head="span", label_smoothing=0.1),
+            "label_smoothing must be 0 for head='span', .* got 0.1",
+        ),
         (lambda m: BertConfig(labels=0), "BertConfig: labels must be a positive int, got 0"),
         (lambda m: BertConfig(pad_token=30522), "pad_token must be a token, below vocab_size=30522, got 30522"),
         (lambda m: BertConfig.preset("bert"), "there is no preset 'bert', only bert-base, "),

@@ -10,8 +10,19 @@ import torch
 import torch.nn.functional as F
 from model_suite import losses_of_training, text_windows
 
-from fastllm.models import GPT, GPTConfig, KVCache, sample_token, torch_ops
+from fastllm.models import (
+    GPT,
+    Bert,
+    BertConfig,
+    GPTConfig,
+    KVCache,
+    Transformer,
+    TransformerConfig,
+    sample_token,
+    torch_ops,
+)
 from fastllm.models.layers import rotary_tables
+from fastllm.models.layout import Layout, to_device
 
 SMALL = {"vocab_size": 61, "context": 24, "layers": 3, "heads": 4, "width": 32}
 ARCHITECTURES = {
@@ -185,6 +196,108 @@ def test_loss_is_float32_under_autocast(config):
         loss = model(tokens(), tokens(seed=2))
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(model(tokens(), tokens(seed=2)).item(), rel=0.03)
+
+
+def test_sum_by_count_is_the_mean(config):
+    model, targets = make(config), tokens(seed=2)
+    targets[0, :20] = -100
+    assert model.count(targets) == 28
+    options = model.prepare(tokens(), targets)
+    total = model(tokens(), targets, reduction="sum", **options)
+    torch.testing.assert_close(total / 28, model(tokens(), targets))
+    with pytest.raises(ValueError, match="token 61 is outside the vocabulary of 61"):
+        model.prepare(torch.tensor([[61]]), targets)
+
+
+def test_label_smoothing_is_of_training_alone(config):
+    model = make(replace(config, label_smoothing=0.2))
+    logits, targets = model(tokens()).flatten(0, 1), tokens(seed=2)
+    for training, smoothing in ((True, 0.2), (False, 0.0)):
+        expected = F.cross_entropy(logits, targets.flatten(), label_smoothing=smoothing)
+        torch.testing.assert_close(model.train(training)(tokens(), targets), expected)
+    with pytest.raises(ValueError, match=r"label_smoothing must be in \[0, 1\), got 1.0"):
+        replace(config, label_smoothing=1.0)
+
+
+DROPPED = {**SMALL, "layers": 2, "dropout": 0.1}
+MODELS = {
+    "gpt2": lambda: GPT(GPTConfig.gpt2(**DROPPED)),
+    "llama": lambda: GPT(GPTConfig.llama(**DROPPED, kv_heads=2, qk_norm=True, document_token=7)),
+    "stock": lambda: GPT(GPTConfig.llama(**DROPPED, ops="torch")),
+    "bert": lambda: Bert(BertConfig(**DROPPED, pad_token=3)),
+    "transformer": lambda: Transformer(TransformerConfig(**DROPPED)),
+    "t5": lambda: Transformer(TransformerConfig(**DROPPED, position="relative", norm_first=True)),
+}
+
+
+def losses_and_gradients(model, compiled: bool) -> tuple[list[torch.Tensor], int]:
+    """A step's bits, and the bytes that its backward waits for, weights not counted."""
+    weights = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept = {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    torch._dynamo.reset()
+    call = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+    options = model.prepare(tokens(), tokens(seed=2))
+    model.zero_grad()
+    torch.manual_seed(4)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        loss = call(tokens(), tokens(seed=2), reduction="sum", **options)
+    loss.backward()
+    grads = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+    return [loss.detach(), torch.rand(1), *grads], sum(kept.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "compiled"),
+    [
+        *((name, False) for name in MODELS),
+        ("gpt2", True),
+        *(pytest.param(name, True, marks=pytest.mark.slow) for name in ("llama", "bert", "transformer", "t5")),
+    ],
+)
+def test_checkpointed_activations_give_the_same_bits_for_less_memory(name, compiled):
+    """Dropout included; and torch's generator goes on from where it would have been."""
+    torch.manual_seed(0)
+    model = MODELS[name]()
+    names = list(model.state_dict())
+    expected, whole = losses_and_gradients(model, compiled)
+    model.checkpoint_activations()
+    found, less = losses_and_gradients(model, compiled)
+    for a, b in zip(expected, found, strict=True):
+        assert torch.equal(a, b)
+    assert less < whole / 2
+    assert list(model.state_dict()) == names
+    model.checkpoint_activations(False)
+    assert compiled or losses_and_gradients(model, compiled)[1] == whole
+
+
+def test_checkpointed_models_evaluate_and_generate():
+    model = make(ARCHITECTURES["llama"]).eval()
+    expected = model(tokens()), model.generate(tokens(2, 4), 20, seed=3)
+    cache = KVCache(model.config, 2, 24, device=torch.device("cpu"), dtype=torch.float32)
+    model.checkpoint_activations()
+    assert torch.equal(model(tokens()), expected[0])
+    assert torch.equal(model.generate(tokens(2, 4), 20, seed=3), expected[1])
+    torch.testing.assert_close(model(tokens(), cache=cache), expected[0])
+
+
+def test_to_device_goes_through_whatever_holds_tensors():
+    tree = {"layouts": (Layout.of_documents(tokens(), 7, packed=True), [tokens()], None), "n": 3}
+    found = to_device(tree, torch.device("meta"))
+    layout = found["layouts"][0]
+    assert isinstance(layout, Layout)
+    assert layout.rows == (2, 24)
+    assert layout.positions.device.type == layout.cu_seqlens.device.type == "meta"
+    assert found["layouts"][1][0].device.type == "meta"
+    assert found["layouts"][2] is None
+    assert found["n"] == 3
+    assert tree["layouts"][0].positions.device.type == "cpu"
 
 
 def test_tied_head_is_the_embedding():

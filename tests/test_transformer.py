@@ -109,6 +109,30 @@ def test_label_smoothing_is_of_training_alone():
 
 
 @pytest.mark.parametrize("ops", ["fastllm", "torch"])
+def test_sum_by_count_is_the_mean_and_every_weight_is_trained(style, ops):
+    model, target = make(**style, ops=ops), targets()
+    target[3, 4] = 0  # a pad token amid others
+    assert model.count(target) == sum(TARGETS) - 1
+    options = model.prepare(sources(), target)
+    total = model(sources(), target, reduction="sum", **options)
+    torch.testing.assert_close(total / model.count(target), model(sources(), target))
+    total.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.any(), name
+
+
+def test_a_layout_without_targets_is_enough_for_given_tokens():
+    model = make().eval()
+    tokens = model.shifted(targets())
+    mask = sources() != 0
+    mask[1, 5:] = False
+    options = model.prepare(sources(), None, source_mask_BS=mask)
+    found = model(sources(), tokens_BT=tokens, **options)
+    assert torch.equal(found, model(sources(), tokens_BT=tokens, source_mask_BS=mask))
+
+
+@pytest.mark.parametrize("ops", ["fastllm", "torch"])
 def test_pad_tokens_are_no_targets(ops):
     model = make(ops=ops)
     padded = targets().masked_fill(targets() == -100, 0)

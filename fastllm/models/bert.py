@@ -94,6 +94,9 @@ class BertConfig(ModelConfig):
             raise ValueError(f"BertConfig: token_types must not be negative, got {self.token_types}")
         if self.head_dropout is not None and not 0 <= self.head_dropout < 1:
             raise ValueError(f"BertConfig: head_dropout must be in [0, 1), got {self.head_dropout}")
+        if self.label_smoothing and self.head == "span":
+            wanted = "label_smoothing must be 0 for head='span', where padding has logits of -inf"
+            raise ValueError(f"BertConfig: {wanted}, got {self.label_smoothing}")
         if self.position == "relative":
             raise ValueError("BertConfig: position='relative' is for encoder-decoder models")
         if self.head in ("pretraining", "classification") and not self.has_pooler:
@@ -102,6 +105,28 @@ class BertConfig(ModelConfig):
     @property
     def has_pooler(self) -> bool:
         return self.head in ("pretraining", "classification", None) if self.pooler is None else self.pooler
+
+    @property
+    def num_outputs(self) -> int:
+        """Of the head's last linear layer; 0 for "mlm" and None."""
+        classes = {"classification": self.labels, "tokens": self.labels, "span": 2, "pretraining": 2}
+        return classes.get(self.head or "", 0)
+
+    def num_parameters(self) -> int:
+        width = self.width
+        tables = (self.vocab_size + self.token_types) * width + self._positions() + self._norm(width)
+        head = self.num_outputs * (width + 1) + width * (width + 1) * self.has_pooler
+        if self.head in ("mlm", "pretraining"):
+            head += width * (width + 1) + self._norm(width) + self.vocab_size
+        return tables + self._blocks(self.layers) + head
+
+    def flops_per_token(self, length: int) -> int:
+        """As `ModelConfig.flops_per_token`; of the heads, the masked one counts for 15% of the tokens, as many as
+        `mask_tokens` chooses, and what sees one token of a row, the pooler and classification, not at all."""
+        weights = self._blocks(self.layers) + self.num_outputs * self.width * (self.head in ("tokens", "span"))
+        if self.head in ("mlm", "pretraining"):
+            weights += (self.vocab_size + self.width) * self.width * 15 // 100
+        return 6 * weights + self._attention_flops(self.layers, length)
 
 
 class MaskedHead(nn.Module):
@@ -116,7 +141,10 @@ class MaskedHead(nn.Module):
 
     def forward(self, x: Tensor, embedding: nn.Module, targets: Tensor | None, reduction: str) -> Tensor:
         x = self.norm(gelu_of(self.config, self.dense, x))
-        return logits_or_loss(self.config, embedding, x, targets, bias=self.bias, reduction=reduction)
+        smoothing = self.config.label_smoothing if self.training else 0.0
+        return logits_or_loss(
+            self.config, embedding, x, targets, bias=self.bias, reduction=reduction, label_smoothing=smoothing
+        )
 
 
 class Pooler(nn.Module):
@@ -134,6 +162,8 @@ class Bert(Model):
     """BERT with one of its heads. On fastllm's ops, what pads the rows is left out: attention runs over packed
     sequences, everything else over tokens alone."""
 
+    config: BertConfig
+
     def __init__(self, config: BertConfig):
         super().__init__()
         self.config = config
@@ -148,10 +178,32 @@ class Bert(Model):
         head = config.head
         self.masked_head = MaskedHead(config) if head in ("mlm", "pretraining") else None
         self.next_head = nn.Linear(config.width, 2) if head == "pretraining" else None
-        width = {"classification": config.labels, "tokens": config.labels, "span": 2}.get(head or "")
-        self.head = nn.Linear(config.width, width) if width else None
+        outputs = config.num_outputs if self.next_head is None else 0
+        self.head = nn.Linear(config.width, outputs) if outputs else None
         self.head_dropout = nn.Dropout(config.dropout if config.head_dropout is None else config.head_dropout)
         init_weights(self, 1 if not config.norm_first else config.layers)
+
+    def prepare(
+        self, inputs: Tensor, targets: Any = None, *, mask_BT: Tensor | None = None, **more: Any
+    ) -> dict[str, Any]:
+        layout = self.layout(inputs, mask_BT)
+        options = {"layout": layout, **more}
+        if targets is not None:
+            self._check_targets(inputs, targets)
+            if self.masked_head is not None:
+                options["chosen_M"] = self.chosen(targets if self.config.head == "mlm" else targets[0], layout)
+        return options
+
+    def positions_computed(self, inputs: Tensor, options: dict[str, Any]) -> int:
+        return options["layout"].computed
+
+    def count(self, targets: Any) -> int:
+        """As `Model.count`. With "span" a row counts as one, and needs both ends or neither; with "pretraining" the
+        masked tokens count. Padding is taken to have no targets (-100)."""
+        if self.config.head == "pretraining":
+            targets = targets[0]
+        valid = super().count(targets)
+        return valid // 2 if self.config.head == "span" else valid
 
     def layout(self, tokens_BT: Tensor, mask_BT: Tensor | None = None) -> Layout:
         """Where the tokens lie among the padding: `mask_BT` (True for a token), or what is not `pad_token`.
@@ -216,7 +268,8 @@ class Bert(Model):
                 1 where the second sentence does not follow the first. int64.
             types_BT: (B, T), which segment a token belongs to; zeros unless given.
             mask_BT: (B, T), true for a token, false for padding; unless given, padding is `config.pad_token`.
-            reduction: "mean" over the valid targets (NaN where there is none) or "sum".
+            reduction: "mean" over the valid targets (NaN where there is none) or "sum", which is the mean times
+                `self.count(targets)`, of the second sentence as well.
             layout: `self.layout(tokens_BT, mask_BT)`, which a compiled model cannot find by itself without leaving its
                 graph; found here unless given.
             chosen_M: `self.chosen(targets, layout)`, likewise.
@@ -243,12 +296,13 @@ class Bert(Model):
             return self._masked(x, layout, targets, reduction, chosen_M)
         if head == "pretraining":
             masked, follows = (None, None) if targets is None else targets
-            logits = self._masked(x, layout, masked, reduction, chosen_M)
+            found = self._masked(x, layout, masked, reduction, chosen_M)
             assert self.next_head is not None
             next_logits_B2 = self.next_head(self._pooled(x, layout))
-            if targets is None:
-                return logits, next_logits_B2
-            return logits + self._loss(next_logits_B2, follows, reduction)
+            if masked is None:
+                return found, next_logits_B2
+            loss = self._loss(next_logits_B2, follows, "mean")
+            return found + (loss if reduction == "mean" else loss * (masked != IGNORE).sum())
         if self.head is None:
             return layout.unpack(x)
         if head == "classification":
@@ -296,7 +350,12 @@ class Bert(Model):
     def _loss(self, logits: Tensor, targets: Any, reduction: str) -> Tensor:
         check_reduction(self.config, reduction)
         return ops_of(self.config).cross_entropy(
-            logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORE, reduction=reduction, dtype=torch.float32
+            logits.flatten(0, -2),
+            targets.flatten(),
+            ignore_index=IGNORE,
+            reduction=reduction,
+            label_smoothing=self.label_smoothing,
+            dtype=torch.float32,
         )
 
     def _span(self, logits: Tensor, layout: Layout, targets_B2: Tensor | None, reduction: str) -> Tensor:
@@ -356,12 +415,13 @@ class Bert(Model):
 
         Args:
             head: as in `BertConfig`.
-            changes: other fields: labels, dropout, head_dropout, pooler, ops.
+            changes: other fields: labels, dropout, head_dropout, label_smoothing, pooler, ops.
 
         Raises:
             ValueError: for any other field, which is the encoder's.
         """
-        if fixed := sorted(changes.keys() - {"labels", "dropout", "head_dropout", "pooler", "ops"}):
+        own = {"labels", "dropout", "head_dropout", "label_smoothing", "pooler", "ops"}
+        if fixed := sorted(changes.keys() - own):
             raise ValueError(f"with_head: {', '.join(fixed)} is the encoder's, which stays")
         model = Bert(replace(self.config, head=head, **changes)).to(self.embedding.weight)
         heads = ("masked_head.", "next_head.", "head.")

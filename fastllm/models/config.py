@@ -50,6 +50,7 @@ class ModelConfig:
         sinks: whether each head has a learned logit that takes part in the softmax and has no value, as in gpt-oss.
         bias: whether linear layers and LayerNorm have one.
         dropout: probability, on embeddings, attention and what each block adds.
+        label_smoothing: of the loss in training; evaluation has none.
         tie_embeddings: whether the output layer shares the embedding's weight.
         norm_eps, rope_theta: as in the norms, and the base of the rotary frequencies.
         rope_scaling: how rotary positions are stretched, as `fastllm.nn.RotaryEmbedding`'s `scaling`, or None.
@@ -81,6 +82,7 @@ class ModelConfig:
     sinks: bool = False
     bias: bool = True
     dropout: float = 0.0
+    label_smoothing: float = 0.0
     tie_embeddings: bool = True
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
@@ -103,8 +105,9 @@ class ModelConfig:
             raise ValueError(f"{name}: sinusoidal positions need an even width, got {self.width}")
         if self.window is not None:
             check_positive(self, "window")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"{name}: dropout must be in [0, 1), got {self.dropout}")
+        for field in ("dropout", "label_smoothing"):
+            if not 0 <= getattr(self, field) < 1:
+                raise ValueError(f"{name}: {field} must be in [0, 1), got {getattr(self, field)}")
         if not 0 <= self.softcap < math.inf:
             raise ValueError(f"{name}: softcap must be finite and not negative, got {self.softcap}")
         for field in ("norm_eps", "rope_theta"):
@@ -135,6 +138,43 @@ class ModelConfig:
         if self.hidden is not None:
             return self.hidden
         return math.ceil(8 * self.width / 3 / 64) * 64 if self.gated else 4 * self.width
+
+    def num_parameters(self) -> int:
+        """How many parameters the model has; builds nothing."""
+        raise NotImplementedError
+
+    def flops_per_token(self, length: int) -> int:
+        """Floating-point operations of training on a token, forward and backward, recomputed activations not counted:
+
+            6 N + 12 L H D T                 (Chowdhery et al., 2022, "PaLM", appendix B)
+
+        N are the parameters without embeddings that are only looked up (an untied input embedding, learned positions,
+        token types): blocks, norms, and the output layer, tied or not. L, H and D are layers, heads, and the width of a
+        head; T is `length`, the positions of a row, or `window` where that is less. Causal attention counts in full,
+        and what activations and norms compute does not.
+        """
+        raise NotImplementedError
+
+    def _linear(self, inputs: int, outputs: int) -> int:
+        return inputs * outputs + outputs * self.bias
+
+    def _norm(self, width: int) -> int:
+        return width * (2 if self.norm == "layer_norm" and self.bias else 1)
+
+    def _positions(self) -> int:
+        return self.context * self.width if self.position == "learned" else 0
+
+    def _blocks(self, layers: int, cross: bool = False) -> int:
+        """Parameters of so many `layers.Block`, and of the norm behind them."""
+        inner, width = self.heads * self.head_dim, self.width
+        attention = self._linear(width, inner + 2 * self.num_kv_heads * self.head_dim) + self._linear(inner, width)
+        attention += 2 * self._norm(self.head_dim) * self.qk_norm + self.heads * self.sinks + self._norm(width)
+        mlp = self._linear(width, self.mlp_width * (1 + self.gated)) + self._linear(self.mlp_width, width)
+        norm = self._norm(width)
+        return layers * ((1 + cross) * attention + mlp + norm) + norm * self.norm_first
+
+    def _attention_flops(self, layers: int, length: int) -> int:
+        return 12 * layers * self.heads * self.head_dim * length
 
     @classmethod
     def preset(cls: type[Config], name: str, **changes: Any) -> Config:

@@ -68,6 +68,15 @@ class GPTConfig(ModelConfig):
             wrong = "norm_first=False" if not self.norm_first else "position='relative'"
             raise ValueError(f"GPTConfig: {wrong} is for other models")
 
+    def num_parameters(self) -> int:
+        tables = self.vocab_size * self.width * (1 if self.tie_embeddings else 2)
+        return tables + self._positions() + self._blocks(self.layers)
+
+    def flops_per_token(self, length: int) -> int:
+        seen = length if self.window is None else min(length, self.window)
+        weights = self._blocks(self.layers) + self.vocab_size * self.width
+        return 6 * weights + self._attention_flops(self.layers, seen)
+
     @classmethod
     def gpt2(cls, **changes: Any) -> GPTConfig:
         """GPT-2's architecture at its smallest size; `changes` are fields."""
@@ -86,6 +95,8 @@ class GPT(Model):
     residual; biases at zero.
     """
 
+    config: GPTConfig
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
@@ -97,6 +108,11 @@ class GPT(Model):
         # Tied, the head is no parameter of its own: nothing is saved twice.
         self.head = None if config.tie_embeddings else Linear(config.width, config.vocab_size, bias=False)
         init_weights(self, config.layers)
+
+    def prepare(self, inputs: Tensor, targets: Any = None, **more: Any) -> dict[str, Any]:
+        check_tokens("GPT", inputs, self.config.vocab_size, self.config.context)
+        documents = self.documents(inputs)
+        return more if documents is None else {"documents": documents, **more}
 
     def documents(self, tokens_BT: Tensor) -> Layout | None:
         """Where the documents of these tokens lie; None for a model that does not look."""
@@ -142,7 +158,9 @@ class GPT(Model):
         if cache is not None:
             cache.filled = start + tokens_BT.shape[1]
         head = self.embedding if self.head is None else self.head
-        return logits_or_loss(self.config, head, x_BTC, targets_BT, reduction=reduction)
+        return logits_or_loss(
+            self.config, head, x_BTC, targets_BT, reduction=reduction, label_smoothing=self.label_smoothing
+        )
 
     @torch.no_grad()
     def generate(

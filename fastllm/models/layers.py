@@ -14,12 +14,14 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import fastllm.nn
 import fastllm.ops
 from fastllm.models import torch_ops
 from fastllm.models.config import ModelConfig
 from fastllm.models.layout import KVCache, Layout
+from fastllm.ops.linear_cross_entropy import default_chunk_size
 from fastllm.tracing import host_values
 
 IGNORE = -100
@@ -27,10 +29,47 @@ IGNORE = -100
 
 
 class Model(nn.Module):
-    """What all models can."""
+    """What all models can, and all that a trainer asks of them.
+
+        options = model.prepare(inputs, targets)  # on the CPU
+        loss = model(inputs, targets, reduction="sum", **options) / model.count(targets)
+
+    The sum and the count may be of several batches: the loss is then their mean over all targets.
+    """
+
+    config: ModelConfig
 
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
+
+    def prepare(self, inputs: Tensor, targets: Any = None, **more: Any) -> dict[str, Any]:
+        """Options of `forward` for a batch: what is to be found of it on the CPU, before `layout.to_device` moves it,
+        so that no graph is left and nothing waits for a GPU; and `more`, other options.
+
+        Raises:
+            ValueError: as `forward`.
+        """
+        raise NotImplementedError
+
+    def count(self, targets: Any) -> int:
+        """How many of the targets take part in the loss: reduction="sum" divided by this is "mean"."""
+        return int((targets != IGNORE).sum())
+
+    def positions_computed(self, inputs: Tensor, options: dict[str, Any]) -> int:
+        """How many positions are computed for a batch; options as `prepare` returned them."""
+        return inputs.numel()
+
+    @property
+    def label_smoothing(self) -> float:
+        """Of the loss in the mode that the model is in."""
+        return self.config.label_smoothing if self.training else 0.0
+
+    def checkpoint_activations(self, on: bool = True) -> None:
+        """Whether the backward recomputes what is inside each block instead of keeping it (Chen et al., 2016): the same
+        bits, dropout included, for one more forward of the blocks and far less memory."""
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.checkpointed = on
 
 
 @contextlib.contextmanager
@@ -340,19 +379,24 @@ class Attention(nn.Module):
 
     def _attend_memory(self, x_BTC: Tensor, scope: Scope) -> Tensor:
         (q_BTHD,) = self._split(self.q_proj(x_BTC), self.heads)
+        q_BTHD = q_BTHD if self.q_norm is None else self.q_norm(q_BTHD)
         keys, cache = scope.memory_layout, scope.cache
         assert keys is not None
         if cache is not None:
             if self.layer not in cache.memory:
-                k, v = self._split(self.kv_proj(scope.memory), self.kv_heads, self.kv_heads)
+                k, v = self._of_memory(scope.memory)
                 cache.memory[self.layer] = k.transpose(1, 2), v.transpose(1, 2)
             k_BHSD, v_BHSD = cache.memory[self.layer]
             return self._attend_rows(q_BTHD.transpose(1, 2), k_BHSD, v_BHSD, keys.mask, None)
-        k_BSHD, v_BSHD = self._split(self.kv_proj(scope.memory), self.kv_heads, self.kv_heads)
+        k_BSHD, v_BSHD = self._of_memory(scope.memory)
         if keys.cu_seqlens is not None:  # both sides are packed, or neither is
             return self._attend_packed(q_BTHD, k_BSHD, v_BSHD, scope.layout, keys)
         q_BHTD, k_BHSD, v_BHSD = (x.transpose(1, 2) for x in (q_BTHD, k_BSHD, v_BSHD))
         return self._attend_rows(q_BHTD, k_BHSD, v_BHSD, keys.mask, None)
+
+    def _of_memory(self, memory: Tensor | None) -> tuple[Tensor, Tensor]:
+        k_BSHD, v_BSHD = self._split(self.kv_proj(memory), self.kv_heads, self.kv_heads)
+        return k_BSHD if self.k_norm is None else self.k_norm(k_BSHD), v_BSHD
 
 
 class MLP(nn.Module):
@@ -396,7 +440,7 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, *, causal: bool, cross: bool = False):
         super().__init__()
-        self.norm_first, self.dropout = config.norm_first, config.dropout
+        self.norm_first, self.dropout, self.checkpointed = config.norm_first, config.dropout, False
         self.attention_norm = make_norm(config, config.width)
         self.attention = Attention(config, layer, causal)
         self.cross_norm = make_norm(config, config.width) if cross else None
@@ -406,6 +450,12 @@ class Block(nn.Module):
 
     def forward(self, delta: Tensor | None, x: Tensor, scope: Scope) -> tuple[Tensor | None, Tensor]:
         """Takes and returns (what is still to be added, the sum so far); where norms come last, there is nothing."""
+        # In here, where FSDP2 has gathered the weights; what a cache holds would be written twice.
+        if self.checkpointed and scope.cache is None and torch.is_grad_enabled():
+            return checkpoint(self._forward, delta, x, scope, use_reentrant=False, preserve_rng_state=self.training)
+        return self._forward(delta, x, scope)
+
+    def _forward(self, delta: Tensor | None, x: Tensor, scope: Scope) -> tuple[Tensor | None, Tensor]:
         delta, x = self._through(self.attention_norm, self.attention, delta, x, scope)
         if self.cross_norm is not None and self.cross_attention is not None:
             delta, x = self._through(self.cross_norm, self.cross_attention, delta, x, scope)
@@ -468,6 +518,16 @@ def logits_or_loss(
     if targets_BT is None:
         return logits_BTV
     return ops.cross_entropy(logits_BTV.flatten(0, -2), targets_BT.flatten(), dtype=torch.float32, **options)
+
+
+def loss_bytes(config: ModelConfig, rows: int, itemsize: int, device: str) -> int:
+    """What `logits_or_loss` takes for so many tokens in training: logits, of a chunk where the ops cut them, and with
+    them the gradients of its input and of the output layer's weight; or logits, their logarithms and gradient."""
+    classes, width = config.vocab_size, config.width
+    if config.ops == "torch":
+        return rows * classes * (itemsize + 8)
+    chunk = min(rows, default_chunk_size(rows, width, classes, itemsize, device, summed=True))
+    return chunk * classes * itemsize + rows * width * itemsize + classes * width * 4
 
 
 def init_weights(model: nn.Module, layers: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,20 @@ from torch import Tensor
 
 from fastllm.models.config import ModelConfig
 from fastllm.tracing import host_values
+
+
+def to_device(tree: Any, device: torch.device) -> Any:
+    """`tree`, of dicts, lists, tuples and named tuples, with its tensors on `device`; to a GPU through pinned memory,
+    without waiting for it."""
+    if isinstance(tree, Tensor):
+        pinned = device.type == "cuda" and tree.device.type == "cpu"
+        return (tree.pin_memory() if pinned else tree).to(device, non_blocking=pinned)
+    if isinstance(tree, dict):
+        return {name: to_device(part, device) for name, part in tree.items()}
+    if isinstance(tree, (tuple, list)):
+        parts = [to_device(part, device) for part in tree]
+        return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
+    return tree
 
 
 class Layout(NamedTuple):
@@ -25,6 +39,11 @@ class Layout(NamedTuple):
     kept_N: Tensor | None = None  # (N,) the tokens, in the flattened batch, that are no padding; None: all are there
     cu_seqlens: Tensor | None = None  # (number of sequences + 1,) int32, where they start in the packed batch
     mask: Tensor | None = None  # True where a position sees another: (B, 1, 1, T), or (B, 1, T, T) of documents
+
+    @property
+    def computed(self) -> int:
+        """How many positions a model computes: where padding is left out, without it."""
+        return self.rows[0] * self.rows[1] if self.kept_N is None else len(self.kept_N)
 
     @classmethod
     def whole(cls, tokens_BT: Tensor, start: int = 0) -> Layout:

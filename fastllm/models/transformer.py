@@ -52,7 +52,6 @@ class TransformerConfig(ModelConfig):
         logits_bias: a bias of the logits that is not trained, as Marian and BART have.
         scale_logits: multiply the decoder's output by width^-0.5 before a tied output layer, as T5 does.
         relative_buckets, relative_distance: of position="relative", as in T5.
-        label_smoothing: of the loss in training; evaluation has none.
 
     Raises:
         ValueError: for a value that does not fit, naming it.
@@ -74,6 +73,7 @@ class TransformerConfig(ModelConfig):
     position: str = "sinusoidal"
     mlp: str = "relu"
     dropout: float = 0.1
+    label_smoothing: float = 0.1
     encoder_layers: int | None = None
     source_vocab_size: int | None = None
     pad_token: int = 0
@@ -86,7 +86,6 @@ class TransformerConfig(ModelConfig):
     scale_logits: bool = False
     relative_buckets: int = 32
     relative_distance: int = 128
-    label_smoothing: float = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -108,8 +107,6 @@ class TransformerConfig(ModelConfig):
                 f"TransformerConfig: relative_buckets is at least 4, relative_distance more than half of it, got "
                 f"{self.relative_buckets} and {self.relative_distance}"
             )
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"TransformerConfig: label_smoothing must be in [0, 1), got {self.label_smoothing}")
 
     @property
     def num_encoder_layers(self) -> int:
@@ -122,6 +119,26 @@ class TransformerConfig(ModelConfig):
     @property
     def first_token(self) -> int:
         return self.pad_token if self.start_token is None else self.start_token
+
+    def num_parameters(self) -> int:
+        tables = self.vocab_size * (1 if self.tie_embeddings else 2)
+        tables += self.num_source_tokens if self.source_vocab_size is not None else 0
+        side = self._positions() + self._norm(self.width) * self.embedding_norm
+        if self.position == "learned":
+            side += self.position_offset * self.width
+        elif self.position == "relative":
+            side += self.relative_buckets * self.heads
+        blocks = self._blocks(self.num_encoder_layers) + self._blocks(self.layers, cross=True)
+        return tables * self.width + 2 * side + blocks
+
+    def flops_per_token(self, length: int) -> int:
+        """As `ModelConfig.flops_per_token`, of a source and a target that have `length` tokens each, for each of these
+        2 * length: half of what the encoder, the decoder and the output layer take of a token."""
+        weights = self._blocks(self.num_encoder_layers) + self._blocks(self.layers, cross=True)
+        seen = length if self.window is None else min(length, self.window)
+        attention = self._attention_flops(self.num_encoder_layers + self.layers, length)  # and across
+        attention += self._attention_flops(self.layers, seen)
+        return (6 * (weights + self.vocab_size * self.width) + attention) // 2
 
 
 class Layouts(NamedTuple):
@@ -164,6 +181,7 @@ class Transformer(Model):
     deviation width^-0.5.
     """
 
+    config: TransformerConfig
     logits_bias: Tensor | None
 
     def __init__(self, config: TransformerConfig):
@@ -185,6 +203,18 @@ class Transformer(Model):
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=config.width**-0.5)
+
+    def prepare(
+        self, inputs: Tensor, targets: Any = None, *, source_mask_BS: Tensor | None = None, **more: Any
+    ) -> dict[str, Any]:
+        return {"layouts": self.layouts(inputs, targets, source_mask_BS), **more}
+
+    def positions_computed(self, inputs: Tensor, options: dict[str, Any]) -> int:
+        """Of both sides."""
+        return sum(layout.computed for layout in options["layouts"])
+
+    def count(self, targets: Any) -> int:
+        return super().count(targets.masked_fill(targets == self.config.pad_token, IGNORE))
 
     @property
     def _packs(self) -> bool:
@@ -320,11 +350,11 @@ class Transformer(Model):
                 layouts.target.check("Transformer: targets", tokens_BT)
         else:
             layouts = self.layouts(source_BS, targets_BT, source_mask_BS)
-            if layouts.source.kept_N is not None and layouts.target is None:
-                every_BT = torch.ones_like(tokens_BT, dtype=torch.bool)
-                layouts = layouts._replace(target=Layout.of_padded("", every_BT, True, always=True))
+        if layouts.source.kept_N is not None and layouts.target is None:
+            every_BT = torch.ones_like(tokens_BT, dtype=torch.bool)
+            layouts = layouts._replace(target=Layout.of_padded("", every_BT, True, always=True))
         if label_smoothing is None:
-            label_smoothing = self.config.label_smoothing if self.training else 0.0
+            label_smoothing = self.label_smoothing
         memory = self.encode(source_BS, layouts.source)
         return self.decode(tokens_BT, memory, layouts, targets_BT, reduction=reduction, label_smoothing=label_smoothing)
 

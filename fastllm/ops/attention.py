@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -12,6 +15,8 @@ from fastllm.ops._arguments import DTYPES, apart
 from fastllm.ops._autograd import Function, gradients, run
 from fastllm.ops._dropout import dropout_seed
 from fastllm.reference import attention as reference
+
+_PART_BYTES = 4 << 20  # of one float32 tensor of scores
 
 
 def _fwd_fake(query, key, value, attn_mask, sinks, slopes, seed, mask_grad, *scores):
@@ -84,11 +89,32 @@ def _triton_bwd(dout, dlse, query, key, value, out, lse, attn_mask, sinks, slope
     return outputs
 
 
+def _parts(query: Tensor, key: Tensor) -> list[slice]:
+    """Of the batch, such that what is computed of a part stays in the processor's caches, and in memory that the
+    process has already: of a whole batch each temporary tensor would be new pages, which take longer than the
+    arithmetic."""
+    size = max(1, _PART_BYTES // max(1, query[0].numel() // query.shape[-1] * key.shape[2] * 4))
+    return [slice(start, start + size) for start in range(0, query.shape[0], size)]
+
+
+def _cut(part: slice, *tensors: Tensor | None) -> list[Any]:
+    return [None if x is None else x[part] for x in tensors]
+
+
+def _fill(part: slice, outputs: Iterable[Tensor], results: Iterable[Tensor]) -> None:
+    for output, result in zip(outputs, results, strict=False):
+        output[part].copy_(result)
+
+
 def _sdpa_fwd(query, key, value, attn_mask, sinks, slopes, seed, mask_grad, dropout_p, scale, left, right, cap, corner):
     if dropout_p > 0:  # scaled_dot_product_attention draws other masks
         scores = dropout_p, scale, left, right, cap, corner
-        args = (query, key, value, attn_mask, sinks, slopes, seed, mask_grad, *scores)
-        return _attention.into(_fwd_fake(*args), reference.attention_fwd(*args, draw=_attention.drawn))
+        outputs = _fwd_fake(query, key, value, attn_mask, sinks, slopes, seed, mask_grad, *scores)
+        for part in _parts(query, key):
+            q, k, v, mask, slope = _cut(part, query, key, value, attn_mask, slopes)
+            args = q, k, v, mask, sinks, slope, seed, mask_grad, *scores, part.start
+            _fill(part, outputs, reference.attention_fwd(*args, draw=_attention.drawn))
+        return outputs
     lse = _attention.empty_lse(query, query.shape[:3])
     out = _sdpa.forward(lse, query, key, value, attn_mask, scale, left, right, corner)
     return *_attention.into((_attention.empty_out(query, value.shape[3]),), (out,)), lse
@@ -100,8 +126,18 @@ def _sdpa_bwd(
 ):  # fmt: skip
     if dropout_p > 0:
         scores = dropout_p, scale, left, right, cap, corner
-        args = (dout, dlse, query, key, value, out, lse, attn_mask, sinks, slopes, seed, mask_grad, *scores)
-        return _attention.into(_bwd_fake(*args), reference.attention_bwd(*args, draw=_attention.drawn))
+        whole = dout, dlse, query, key, value, out, lse, attn_mask, sinks, slopes, seed, mask_grad, *scores
+        outputs = _bwd_fake(*whole)
+        of_sinks = []
+        for part in _parts(query, key):
+            *cut, mask, slope = _cut(part, *whole[:7], attn_mask, slopes)
+            args = *cut, mask, sinks, slope, seed, mask_grad, *scores, part.start
+            found = reference.attention_bwd(*args, draw=_attention.drawn)
+            _fill(part, outputs[: 4 if mask_grad else 3], found)
+            of_sinks.append(found[4].float())
+        if sinks is not None:
+            outputs[4].copy_(sum(of_sinks))
+        return outputs
     grads = _sdpa.backward(dout, query, key, value, out, lse, attn_mask, scale, left, right, corner)
     outputs = tuple(_attention.empty_grad(x) for x in (query, key, value))
     return *_attention.into(outputs, grads), query.new_empty(0), query.new_empty(0)

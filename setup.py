@@ -249,7 +249,7 @@ else:
 setup(
     packages=sorted({*find_packages(include=["fastllm", "fastllm.*"]), "fastllm.kernels", "fastllm.benchmarks"}),
     package_dir={"fastllm.kernels": "kernels", "fastllm.benchmarks": "benchmarks"},
-    package_data={"fastllm": ["py.typed"], "fastllm.benchmarks": ["results/*.json"]},
+    package_data={"fastllm": ["py.typed", "data/stop_words/*.txt"], "fastllm.benchmarks": ["results/*.json"]},
     include_package_data=False,
     ext_modules=extensions,
     cmdclass={"build_ext": make_build_ext()} if extensions else {},

@@ -13,7 +13,7 @@ import torch
 from fastllm import data
 
 tokenizers = pytest.importorskip("tokenizers")
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers  # noqa: E402
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers  # noqa: E402
 
 PROSE = data.topics_text()[:60_000]
 ALPHABET = pre_tokenizers.ByteLevel.alphabet()
@@ -50,6 +50,12 @@ def without_words() -> Tokenizer:
     return Tokenizer.from_str(json.dumps(tokenizer))
 
 
+def with_mask(tokenizer: Tokenizer) -> Tokenizer:
+    """As RoBERTa's: a token that takes the blanks before it along."""
+    tokenizer.add_special_tokens([AddedToken("<mask>", lstrip=True)])
+    return tokenizer
+
+
 MAKERS = {
     "ours": lambda: data.train_tokenizer([PROSE], 1000),
     "GPT-2": lambda: of_bytes(pre_tokenizers.ByteLevel(add_prefix_space=False)),
@@ -69,6 +75,9 @@ MAKERS = {
         normalizer=normalizers.BertNormalizer(),
     ),
     "stripping": lambda: of_bytes(pre_tokenizers.ByteLevel(add_prefix_space=False), normalizer=normalizers.Strip()),
+    "mask": lambda: with_mask(of_bytes(pre_tokenizers.ByteLevel(add_prefix_space=False))),
+    "4 characters": lambda: bpe(pre_tokenizers.Split(Regex(r"[\s\S]{1,4}"), "isolated")),
+    "64 characters": lambda: bpe(pre_tokenizers.Split(Regex(r"[\s\S]{1,64}"), "isolated")),
     "37 characters": lambda: bpe(pre_tokenizers.Split(Regex(r"[\s\S]{1,37}"), "isolated")),
 }
 
@@ -90,12 +99,24 @@ def texts() -> dict[str, str]:
         "a sea of blanks": "x " * 3000 + " " * 9000 + "y" * 200,
         "blanks": "a" + " " * 7000 + "b" + "\n" * 3001,
         "markers": "<|endoftext|>" * 500,
+        "a mask behind blanks": "x " * 3000 + " " * 400 + "<mask> y " * 900,
     }
 
 
+def never(tokenizer, text):
+    """In place of `_encoded_at_blanks`: cuts nowhere."""
+    return 0
+    yield
+
+
+@pytest.mark.parametrize("blanks", [True, False])
 @pytest.mark.parametrize("name", MAKERS)
-def test_pieces_come_to_the_tokens_of_the_whole(name, monkeypatch):
+def test_pieces_come_to_the_tokens_of_the_whole(name, blanks, monkeypatch):
     """Neither a word nor a special token is cut where a piece ends, and nothing is put in front of the next."""
+    if not blanks:
+        monkeypatch.setattr(data.tokenizer, "_encoded_at_blanks", never)
+    monkeypatch.setattr(data.tokenizer, "_PIECE", 512)
+    monkeypatch.setattr(data.tokenizer, "_PIECES", 7)
     monkeypatch.setattr(data.tokenizer, "_CHUNK", 2048)
     monkeypatch.setattr(data.tokenizer, "_OVERLAP", 1024)
     tokenizer = make(name)
@@ -120,7 +141,17 @@ def test_a_unigram_word_is_weighed_as_a_whole(monkeypatch):
             assert data.encode(tokenizer, text).tolist() == tokenizer.encode(text, add_special_tokens=False).ids
 
 
+def test_pieces_that_end_at_blanks_are_those_of_prose(monkeypatch):
+    """The quick way is taken by the tokenizers that people train, to the end."""
+    monkeypatch.setattr(data.tokenizer, "_PIECE", 512)
+    monkeypatch.setattr(data.tokenizer, "_encoded_with_overlap", None)
+    for name in ("ours", "GPT-2"):
+        whole = make(name).encode(PROSE[:12_000], add_special_tokens=False).ids
+        assert data.encode(make(name), PROSE[:12_000]).tolist() == whole
+
+
 def test_memory_is_bounded_by_pieces(monkeypatch):
+    monkeypatch.setattr(data.tokenizer, "_encoded_at_blanks", never)
     monkeypatch.setattr(data.tokenizer, "_CHUNK", 2048)
     lengths = []
     original = data.tokenizer._Piece

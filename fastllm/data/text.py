@@ -18,20 +18,32 @@ def read_text(path: str | Path) -> str:
             encoding that it seems to have.
     """
     data = Path(path).read_bytes()
-    encoding = _other_unicode(data, 0.05)
+    check_encoding(path, data)
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        encoding = encoding or _other_unicode(data, 0.0)
-        if encoding is None:
-            # Without the mark, which the codec does not count.
-            offset = error.start + len(data) - len(error.object)
-            raise ValueError(f"{path} is not UTF-8 text: byte 0x{data[offset]:02x} at offset {offset}") from None
-    if encoding is not None:
-        raise ValueError(f"{path} is {encoding}: convert it to UTF-8, for example by iconv -f {encoding} -t UTF-8")
+        check_encoding(path, data, 0.0)
+        # Without the mark, which the codec does not count.
+        offset = error.start + len(data) - len(error.object)
+        raise ValueError(f"{path} is not UTF-8 text: byte 0x{data[offset]:02x} at offset {offset}") from None
     if not text:
         raise ValueError(f"{path} is empty")
     return text
+
+
+def check_encoding(path: str | Path, data: bytes, zeros: float = 0.05) -> None:
+    """Sees that `data`, a file or what it begins with, is not UTF-16 or UTF-32.
+
+    Args:
+        path: named in the error.
+        data: bytes.
+        zeros: the share of characters, at least, that must have zeros for bytes without a mark to be such an encoding.
+
+    Raises:
+        ValueError: with the encoding that it seems to have.
+    """
+    if (encoding := _other_unicode(data, zeros)) is not None:
+        raise ValueError(f"{path} is {encoding}: convert it to UTF-8, for example by iconv -f {encoding} -t UTF-8")
 
 
 def _other_unicode(data: bytes, zeros: float) -> str | None:

@@ -78,7 +78,7 @@ def compare(weights: dict[str, Tensor], config: GPTConfig, batches: data.Dataset
             batch_size=BATCH_SIZE,
             lr=COMPARE_LR,
             warmup=0,
-            optimizer=ops,
+            optimizer="adamw" if ops == "fastllm" else "torch_adamw",
             compile=compile,
             device="cpu",
         )
@@ -191,10 +191,10 @@ def main(steps: int = STEPS, out: str = "runs/demo", rounds: int = ROUNDS) -> in
     validation = data.SequentialWindows(held_out_tokens, config.context)
     trainer = Trainer(model, batches, train, validation=validation, tokenizer=tokenizer)
     trainer.run()
-    loss, scored = evaluate(model, validation, BATCH_SIZE)
-    bits = loss * scored / math.log(2) / len(held_out.encode())
-    print(f"Trained in {time.perf_counter() - started:.0f} s. On {scored:,} tokens of text it has not seen:")
-    print(f"  validation loss {loss:.3f}, perplexity {math.exp(loss):.1f}, {bits:.2f} bits per byte")
+    found = evaluate(model, validation, BATCH_SIZE)
+    bits = found.loss * found.count / math.log(2) / len(held_out.encode())
+    print(f"Trained in {time.perf_counter() - started:.0f} s. On {found.count:,} tokens of text it has not seen:")
+    print(f"  validation loss {found.loss:.3f}, perplexity {math.exp(found.loss):.1f}, {bits:.2f} bits per byte")
     print("Three samples (temperature 0.6, top-k 50):")
     for prompt in PROMPTS:
         print("  > " + " ".join(trainer.sample(prompt, 40, temperature=0.6, top_k=50, seed=train.seed).split()))

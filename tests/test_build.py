@@ -235,7 +235,7 @@ def test_wheel_contents(dist):
     for name in (
         "fastllm/__init__.py", "fastllm/py.typed", "fastllm/ops/rms_norm.py", "fastllm/reference/rms_norm.py",
         "fastllm/models/gpt.py", "fastllm/trainer/__init__.py", "fastllm/data/__init__.py", "fastllm/cli.py",
-        "fastllm/benchmarks/harness.py", "fastllm/benchmarks/layer_norm.py",
+        "fastllm/benchmarks/harness.py", "fastllm/benchmarks/layer_norm.py", "fastllm/data/stop_words/zh.txt",
     ):  # fmt: skip
         assert name in names, f"{name} is missing from the wheel"
     assert len(names) == len(set(names))

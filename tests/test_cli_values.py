@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 
 from fastllm import cli, data
 from fastllm.benchmarks import suite
+from fastllm.trainer import checkpoint
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
@@ -58,44 +60,75 @@ VALUES: dict[tuple[str, str], list[str] | None] = {
     ("bench", "json"): ["", "text.txt/below", "/dev/null/below.json", "a" * 5000],
     ("bench", "report"): FOLDERS,
     ("bench", "quick"): None,
+    ("bench", "text"): TEXTS,
     ("bench", "list"): None,
     ("patch", "model"): [*FILES, "text.txt", "damaged", "unknown", "no-weights", "bad-weights"],
     ("patch", "only"): ["", "warp", "\udcff"],
     ("patch", "exclude"): ["", "warp", "\udcff"],
     ("patch", "json"): None,
     ("patch", "device"): DEVICES,
+    ("train", "config"): [*FILES, "empty", "binary", "text.txt"],
     ("train", "text"): TEXTS,
+    ("train", "valid"): [*TEXTS, "short"],
+    ("train", "columns"): ["", "text", "=", "=1", "text=", "\udcff=1", "text=body"],
+    ("train", "objective"): ["", "causal", "\udcff"],
+    ("train", "order"): ["", "sorted"],
+    ("train", "preprocessing"): [*TEXTS, "text.txt", "holes.json", "steps.json"],
     ("train", "out"): [*FOLDERS, "run", "\udcff"],
-    ("train", "resume"): None,
+    ("train", "resume"): CHECKPOINTS,
+    ("train", "dry_run"): None,
+    ("train", "find_lr"): None,
     ("train", "validation"): ["0", "1", "2", "1e-9", "0.9999999", "1e-320"],
     ("train", "tokenizer"): [*TEXTS, "text.txt", "holes.json"],
     ("train", "vocab_size"): ["0", "1", "256", HUGE],
     ("train", "document_mask"): None,
     ("train", "preset"): ["", "GPT2", "bert"],
+    ("train", "init"): [*CHECKPOINTS, "classes"],
     ("train", "context"): ["0", "9999", HUGE],
     ("train", "layers"): ["0", HUGE],
     ("train", "heads"): ["0", "3", "32", HUGE],
     ("train", "kv_heads"): ["0", "3", "4", HUGE],
     ("train", "width"): ["0", "1", "33", HUGE],
     ("train", "dropout"): ["1", "2"],
+    ("train", "label_smoothing"): ["1", "2"],
     ("train", "steps"): ["0"],
     ("train", "batch_size"): ["0", HUGE],
     ("train", "accumulate"): ["0", HUGE],
+    ("train", "batch_tokens"): [str(10**17)],
+    ("train", "optimizer"): ["", "adam", "AdamW"],
     ("train", "lr"): ["1e39"],
+    ("train", "schedule"): ["", "Cosine"],
     ("train", "min_lr_ratio"): ["2"],
     ("train", "warmup"): [],
+    ("train", "decay"): [],
+    ("train", "decay_share"): ["2"],
     ("train", "weight_decay"): [],
+    ("train", "beta1"): ["1", "2"],
+    ("train", "beta2"): ["1", "2"],
+    ("train", "eps"): [],
+    ("train", "momentum"): ["1", "2"],
     ("train", "clip"): [],
+    ("train", "layer_decay"): ["0", "2"],
+    ("train", "head_lr_ratio"): ["0"],
+    ("train", "moment_dtype"): ["", "float16"],
+    ("train", "master_weights"): ["", "float32", "remainder", "None"],
+    ("train", "ema"): ["1", "2"],
+    ("train", "activation_checkpointing"): None,
+    ("train", "skip_spikes"): [],
     ("train", "eval_every"): [],
     ("train", "eval_batches"): [],
+    ("train", "patience"): [],
     ("train", "checkpoint_every"): [],
     ("train", "keep"): [],
+    ("train", "async_checkpoint"): None,
     ("train", "sample_every"): [],
     ("train", "sample_prompt"): ["", "\udcff", "1 2 3 " * 30],
     ("train", "sample_tokens"): ["0", "16", HUGE],
     ("train", "seed"): [],
-    ("train", "precision"): None,
+    ("train", "precision"): ["", "float16", "bf16"],
     ("train", "compile"): None,
+    ("train", "parallel"): ["", "tp"],
+    ("train", "wandb"): None,
     ("train", "device"): DEVICES,
     ("train", "backend"): [*BACKENDS, "cuda"],
     ("eval", "checkpoint"): CHECKPOINTS,
@@ -112,6 +145,31 @@ VALUES: dict[tuple[str, str], list[str] | None] = {
     ("generate", "seed"): [],
     ("generate", "device"): DEVICES,
     ("generate", "backend"): [*BACKENDS, "triton"],
+    ("data inspect", "files"): [*TEXTS, "nothing-*.txt"],
+    ("data inspect", "columns"): ["", "text", "=", "body=text", "text=body", "text=9", "\udcff=1"],
+    ("data inspect", "kind"): ["", "rows", "\udcff"],
+    ("data inspect", "lines"): [],
+    ("data inspect", "tokenizer"): [*TEXTS, "text.txt"],
+    ("data inspect", "steps"): [*TEXTS, "text.txt", "holes.json"],
+    ("data inspect", "normalize"): ["", "nfc", "\udcff"],
+    ("data inspect", "lower"): None,
+    ("data inspect", "half_width"): None,
+    ("data inspect", "segment"): ["", "words", "forward", "bidirectional"],
+    ("data inspect", "dictionary"): [*TEXTS, "text.txt"],
+    ("data inspect", "stop_words"): [*TEXTS, "text.txt", "en"],
+    ("data inspect", "min_documents"): ["0", "1"],
+    ("data inspect", "max_share"): ["0", "2", "0.5"],
+    ("data inspect", "save_steps"): ["", "folder", "text.txt/below", "/proc/none/below", "a" * 5000],
+    ("data tokenize", "files"): [*TEXTS, "nothing-*.txt"],
+    ("data tokenize", "columns"): ["", "text", "body=text", "text=1", "\udcff=1"],
+    ("data tokenize", "out"): ["", "folder", "text.txt/below", "/proc/none/below", "a" * 5000],
+    ("data tokenize", "tokenizer"): [*TEXTS, "text.txt", "holes.json"],
+    ("data tokenize", "vocab_size"): ["0", "256", HUGE],
+    ("data tokenize", "tokenizer_kind"): ["", "words", "\udcff"],
+    ("data tokenize", "end"): ["", "nowhere", "\udcff"],
+    ("data tokenize", "processes"): ["0"],
+    ("report", "runs"): [*FILES, "text.txt"],
+    ("report", "out"): ["", "folder", "text.txt/below", "/dev/null/below.html", "/proc/none/below", "a" * 5000],
     ("demo", "steps"): ["0"],
     ("demo", "rounds"): ["0", "1"],
     ("demo", "out"): FOLDERS,
@@ -123,13 +181,22 @@ NEEDED = {
     "train": ["--text", "text.txt", "--out", "new", "--steps", "2"],
     "eval": ["run", "--text", "text.txt"],
     "generate": ["run", "--prompt", "1 squared"],
+    "data inspect": ["text.txt"],
+    "data tokenize": ["text.txt", "--out", "new.tokens"],
+    "report": ["run"],
     "demo": ["--out", "new"],
 }
 
 
 def commands() -> dict[str, argparse.ArgumentParser]:
-    (subparsers,) = (a for a in cli.parser()._actions if isinstance(a, argparse._SubParsersAction))
-    return {**subparsers.choices, "bench": suite._parser()}
+    found = {**_subparsers(cli.parser()), "bench": suite._parser()}
+    data_actions = _subparsers(found.pop("data"))
+    return {**found, **{f"data {name}": parser for name, parser in data_actions.items()}}
+
+
+def _subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    (subparsers,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    return subparsers.choices
 
 
 def options() -> list[tuple[str, argparse.Action]]:
@@ -155,6 +222,7 @@ def folder(tmp_path_factory) -> Path:
     (folder / "short").write_bytes(b"ab")
     (folder / "binary").write_bytes(b"\xffbinary")
     (folder / "utf-16").write_bytes("text".encode("UTF-16"))
+    (folder / "steps.json").write_text('{"format": 1, "steps": [{"step": "Warp"}]}')
     (folder / "holes.json").write_text('{"model": {"type": "WordLevel", "vocab": {"a": 4294967295}, "unk_token": "a"}}')
     cwd = os.getcwd()
     os.chdir(folder)
@@ -166,6 +234,10 @@ def folder(tmp_path_factory) -> Path:
             if file.name != "tokenizer.json":
                 (folder / "no-tokenizer" / file.name).write_bytes(file.read_bytes())
         (folder / "damaged/config.json").write_bytes(bytes(100))
+        rows = "".join(f"{n % 2}\tNumber {n}.\n" for n in range(20))
+        (folder / "rows.tsv").write_text(rows)
+        classify = ["--text", "rows.tsv", "--objective", "classification", "--validation", "0.5"]
+        assert cli.main(["train", *classify, "--out", "classes", "--steps", "2", *SMALL]) == 0
     finally:
         os.chdir(cwd)
     return folder
@@ -201,8 +273,11 @@ def test_a_value_that_makes_no_sense_is_one_line(command, action, folder, monkey
     monkeypatch.chdir(folder)
     monkeypatch.setattr(suite.harness, "measure_ceilings", begin)
     monkeypatch.setattr(data, "topics_text", begin)  # the demo's
-    check(command, action, capsys)
-    assert not (folder / "new/checkpoint-2").exists()
+    try:
+        check(command, action, capsys)
+        assert not (folder / "new/checkpoint-2").exists()
+    finally:
+        shutil.rmtree(folder / "new", ignore_errors=True)
 
 
 def check(command: str, action: argparse.Action, capsys) -> None:
@@ -223,7 +298,7 @@ def check(command: str, action: argparse.Action, capsys) -> None:
             needed = [value, *needed[1:]]
         else:
             needed = [*needed, flag, value] if action.nargs == "+" else [*needed, f"{flag}={value}"]
-        code, error = outcome([command, *needed], capsys)
+        code, error = outcome([*command.split(), *needed], capsys)
         assert code in (1, 2), f"{flag} {value[:40]!r} is accepted"
         assert error.startswith("fastllm: error: "), f"{flag} {value[:40]!r}: {error}"
         assert "\n" not in error, f"{flag} {value[:40]!r}: {error}"
@@ -289,19 +364,24 @@ def test_output_that_nobody_takes(reader, message, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_an_interrupt_is_one_line(folder, tmp_path):
-    arguments = ["train", "--text", "text.txt", "--out", str(tmp_path / "run"), "--steps", "1000000", *SMALL]
+def test_a_second_interrupt_is_one_line(folder, tmp_path):
+    """The first lets the step end, which here would take for ever."""
+    arguments = ["train", "--text", "text.txt", "--out", str(tmp_path), *SMALL, "--accumulate", "100000"]
     process = subprocess.Popen(
         [sys.executable, "-m", "fastllm", *arguments],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which is ignored behind a shell's &
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # ignored behind a shell's &
     )
+    lines = iter(process.stderr.readline, b"")
     deadline = time.monotonic() + 60
-    while not (tmp_path / "run/metrics.csv").exists() and time.monotonic() < deadline:
+    while not (tmp_path / "metrics.csv").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    assert any(b"SIGINT: finishing the step and saving; once more stops at once" in line for line in lines)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -393,11 +473,10 @@ def test_a_vocabulary_with_holes_trains(folder, monkeypatch, capsys, tmp_path):
 
 
 def test_another_models_tokenizer_is_named(folder, monkeypatch, capsys, tmp_path):
-    import shutil
-
     monkeypatch.chdir(folder)
     path = shutil.copytree(folder / "run/checkpoint-2", tmp_path / "checkpoint-2")
     data.train_tokenizer([data.topics_text()[:20_000]], 600).save(str(path / "tokenizer.json"))
+    checkpoint.write_checksums(path)
     for arguments in (["eval", str(path), "--text", "text.txt"], ["generate", str(path), "--prompt", "1"]):
         code, error = outcome(arguments, capsys)
         assert code == 1

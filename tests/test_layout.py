@@ -80,9 +80,9 @@ ALLOWED = {
     "nn": {"ops", "tracing"},
     "optim": {"ops", "backends", "tracing"},
     "models": {"nn", "ops", "tracing", "_extras"},
-    "data": {"_extras"},
+    "data": {"_command", "_extras"},
     "patching": {"ops", "backends", "testing", "tracing"},
-    "trainer": {"models", "data", "optim", "backends", "_extras", "_version"},
+    "trainer": {"models", "data", "optim", "backends", "_command", "_extras", "_version"},
 }
 
 

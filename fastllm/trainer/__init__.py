@@ -1,10 +1,16 @@
-"""A trainer small enough to read: one process, one device."""
+"""A trainer small enough to read: any model of `fastllm.models`, on one device or, under `torchrun`, on many."""
 
+from fastllm.trainer.checkpoint import saved_config
+from fastllm.trainer.config import DataConfig, RunConfig, TrainConfig
+from fastllm.trainer.evaluation import Evaluation, evaluate
 from fastllm.trainer.memory import check_memory
-from fastllm.trainer.schedule import warmup_cosine
-from fastllm.trainer.trainer import TrainConfig, Trainer, evaluate, make_optimizer, resolve_device, saved_config
+from fastllm.trainer.optimizers import make_optimizer
+from fastllm.trainer.trainer import Trainer, resolve_device
 
 __all__ = [
+    "DataConfig",
+    "Evaluation",
+    "RunConfig",
     "TrainConfig",
     "Trainer",
     "check_memory",
@@ -12,5 +18,4 @@ __all__ = [
     "make_optimizer",
     "resolve_device",
     "saved_config",
-    "warmup_cosine",
 ]

@@ -81,7 +81,8 @@ def ready(
     torch.manual_seed(0)
     with torch.device(device):
         model = build(config).train()
-    optimizer = make_optimizer(model, replace(TRAIN, optimizer=config.ops))
+    kind = "adamw" if config.ops == "fastllm" else "torch_adamw"
+    (optimizer,) = make_optimizer(model, replace(TRAIN, optimizer=kind)).optimizers
     forward = torch.compile(model, dynamic=False if len(batches) == 1 else None) if compiled else model
     turn = itertools.cycle(batches)
 

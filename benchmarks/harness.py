@@ -83,6 +83,7 @@ class Ready(NamedTuple):
     prepare: Callable[[], Any]
     call: Callable[[], Any]
     peak_bytes: Callable[[], int] | None = None  # the most memory that it has held so far, where that can be told
+    facts: Callable[[], dict[str, float]] | None = None  # further figures, by name
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,7 @@ class Contender:
     seconds: list[float] = field(default_factory=list)
     host_seconds: list[float] = field(default_factory=list)  # until the call returned, where `seconds` is a GPU's
     peak_bytes: Callable[[], int] | None = None
+    facts: Callable[[], dict[str, float]] | None = None
 
 
 def _contender(name: str, fn: Callable, case: Case, args: tuple) -> Contender:
@@ -351,7 +353,9 @@ class Race:
             ready = make_ready()
             ready.prepare()
             ready.call()  # compiles, and shows now rather than later what cannot run
-            return Contender(name, ready.prepare, lambda _: ready.call(), peak_bytes=ready.peak_bytes)
+            return Contender(
+                name, ready.prepare, lambda _: ready.call(), peak_bytes=ready.peak_bytes, facts=ready.facts
+            )
 
         ours = found.pop("fastllm")
         assert not isinstance(ours, str)
@@ -421,7 +425,7 @@ class Race:
             figures["host_bound"] = figures["host_ms"] > max(GPU_HEAD_START_MS, figures["median_ms"] / 2)
         if contender.peak_bytes is not None:
             figures["peak_mb"] = round(contender.peak_bytes() / 1e6)
-        return figures
+        return {**figures, **(contender.facts() if contender.facts is not None else {})}
 
 
 def measure(case: Case, device: str, seconds: float) -> dict[str, Any]:

@@ -12,10 +12,8 @@ token, as Kaplan et al. (2020) count; attention is left out.
 from __future__ import annotations
 
 import functools
-import multiprocessing
 import re
 import warnings
-import weakref
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -25,6 +23,7 @@ import torch
 
 import fastllm
 from fastllm import ops
+from fastllm.benchmarks._process import Worker
 from fastllm.benchmarks.harness import COMPILED, Case, Ready, rival
 from fastllm.testing import make
 
@@ -103,37 +102,13 @@ def _work(
         pipe.send(error)
 
 
-class _Worker:
-    """A contender in a process of its own."""
-
-    def __init__(self, *args: Any):
-        context = multiprocessing.get_context("spawn")
-        self.pipe, other = context.Pipe()
-        process = context.Process(target=_work, args=(other, *args), daemon=True)
-        process.start()
-        other.close()
-        self._end = weakref.finalize(self, self._stop, self.pipe, process)
-
-    @staticmethod
-    def _stop(pipe: Connection, process: Any) -> None:
-        pipe.close()
-        process.join(10)
-
-    def ask(self, order: str) -> Any:
-        self.pipe.send(order)
-        answer = self.pipe.recv()
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-
 def setup(
     build: Callable[[], torch.nn.Module], batch: int, length: int, device: str, bf16: bool
 ) -> dict[str, Callable[[], Ready] | str]:
     losses: dict[str, list[float]] = {}
 
     def ready(name: str) -> Ready:
-        ask = _Worker(name, build, (batch, length), device, bf16, torch.get_num_threads()).ask
+        ask = Worker(_work, name, build, (batch, length), device, bf16, torch.get_num_threads()).ask
         losses[name] = [(ask("clear"), ask("step"))[1] for _ in range(STEPS)]
         return Ready(*(functools.partial(ask, order) for order in ("clear", "step", "peak")))
 

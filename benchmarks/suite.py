@@ -7,6 +7,7 @@ python -m fastllm.benchmarks.suite --json runs/bench/ --report runs/bench
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import json
 import os
@@ -28,6 +29,7 @@ from fastllm._command import Parser, check_folder, integer
 from fastllm._extras import require
 from fastllm.benchmarks import harness
 from fastllm.benchmarks.harness import FORMAT, Case, Race
+from fastllm.data import read_text
 
 SECONDS = {"cpu": 8.0, "cuda": 1.0}  # of timing a case
 MOST_THREADS = 1024
@@ -67,7 +69,9 @@ class Progress:
 
     def finished(self, result: dict[str, Any]) -> None:
         figures = ", ".join(
-            f"{name} {c['median_ms']:.3f} ms" + (f" ({c['peak_mb']:,} MB)" if "peak_mb" in c else "")
+            f"{name} {c['median_ms']:.3f} ms"
+            + (f" ({c['peak_mb']:,} MB)" if "peak_mb" in c else "")
+            + (f" (waits for data {c['data_wait']:.2%})" if "data_wait" in c else "")
             for name, c in result["contenders"].items()
         )
         print(f"    {figures}", flush=True)
@@ -194,6 +198,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--report", metavar="DIR", help="write a page with plots")
     parser.add_argument("--quick", action="store_true", help="the main case of each op only")
+    parser.add_argument("--text", metavar="FILE", help="what train trains on; default: Python's help texts")
     parser.add_argument("--list", action="store_true", help="list the cases and run none")
     return parser
 
@@ -216,6 +221,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _usage_error(f"unknown op {op!r}; known are {', '.join(sorted(known))}")
     if args.threads is not None and not 1 <= args.threads <= MOST_THREADS:
         return _usage_error(f"--threads must be at least 1 and at most {MOST_THREADS}, got {args.threads}")
+    if args.text is not None:
+        known["train"] = functools.partial(known["train"], text=read_text(args.text))  # type: ignore[call-arg]
     cases = [case for op in args.ops or sorted(known) for case in known[op](args.device, args.quick)]
     if args.list:
         print("\n".join(f"{case.op:<16} {case.name}" for case in cases))

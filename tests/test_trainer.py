@@ -527,3 +527,18 @@ def test_validation_without_targets_is_named(tmp_path):
 
     with pytest.raises(ValueError, match="the data to validate on has no target"):
         evaluate(make_model(), None_(inputs, torch.full_like(targets, -100)), 4)
+
+
+def test_losses_that_are_read_later_are_logged_and_saved_alike(tmp_path, monkeypatch):
+    """As on a GPU, where a step's loss is read during the next."""
+    validation = data.SequentialWindows(TOKENS[:200], CONTEXT)
+    options = {"validation": validation, "steps": 13, "eval_every": 5, "patience": 50, "checkpoint_every": 4, "keep": 0}
+    make_trainer(tmp_path / "now", **options).run()
+    monkeypatch.setattr(Trainer, "lag", 1)
+    make_trainer(tmp_path / "later", **options).run()
+    timed = ("tokens_per_second", "data_wait")
+    rows = [read_metrics(tmp_path / name / "metrics.csv") for name in ("now", "later")]
+    now, later = ([{k: v for k, v in row.items() if k not in timed} for row in some] for some in rows)
+    assert now == later
+    names = [{path.name for path in (tmp_path / name).glob("checkpoint-*")} for name in ("now", "later")]
+    assert names[0] == names[1] <= {f"checkpoint-{step}" for step in (4, 5, 8, 10, 12, 13)}

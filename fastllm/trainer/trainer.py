@@ -455,6 +455,7 @@ class Trainer:
             ]
             rows = self._read(0 if any(due) or self._due(config.sample_every) else self.lag)
             now = time.perf_counter()
+            self._validated = None
             for step, metrics in rows:
                 del metrics["tokens"]
                 flops = metrics.pop("flops")
@@ -464,11 +465,10 @@ class Trainer:
                 metrics["data_wait"] *= len(rows) / (now - ended)  # as a share
                 if peak is not None:
                     metrics["mfu"] = flops * len(rows) / (now - ended) / (peak[0] * self.ranks.size)
-                if step == self.step:
-                    self._validated = None
-                    if self.validation is not None and (self._due(config.eval_every) if stop else due[0]):
-                        metrics.update(self._validate())
-                        shown["val"] = f"{metrics['validation_loss']:.3f}"
+                validates = self._due(config.eval_every) if stop else due[0]
+                if step == self.step and validates and self.validation is not None:
+                    metrics.update(self._validate())
+                    shown["val"] = f"{metrics['validation_loss']:.3f}"
                 if log is not None:
                     log.write(step, metrics)
                 shown["loss"] = f"{metrics['loss']:.3f}"

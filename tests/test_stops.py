@@ -28,6 +28,14 @@ OPTIONS = (
 )
 
 
+@pytest.fixture(autouse=True, scope="module")
+def interrupts():
+    """SIGINT as on a terminal: behind a shell's & it is ignored, by all that is started there, too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def forks() -> Iterator[Forks]:
     with Forks() as found:

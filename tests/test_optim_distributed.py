@@ -2,39 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_ranks
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
 
-HERE = Path(__file__).parent
-
 
 def run(case: str, folder: Path, world: int = 2) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, HERE / "distributed_adamw.py", case, str(rank), str(world), folder],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=environment,
-        )
-        for rank in range(world)
-    ]
-    try:
-        outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    for rank, output in zip(ranks, outputs, strict=True):
-        assert rank.returncode == 0, output
-        assert "passed" in output
+    run_ranks("distributed_adamw.py", case, world, folder, world=world)
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from distributed_optimizers import KINDS, load, make_config, make_model, set_grads, train
+from ranks import run_ranks
 
 from fastllm.models import Bert, BertConfig, Transformer, TransformerConfig
 from fastllm.optim import AdamW
@@ -274,25 +272,7 @@ def test_every_optimizer_lowers_a_loss():
 
 
 def run(case: str, folder: Path, world: int) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, HERE / "distributed_optimizers.py", case, str(rank), str(world), folder],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=environment,
-        )
-        for rank in range(world)
-    ]
-    try:
-        outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    for rank, output in zip(ranks, outputs, strict=True):
-        assert rank.returncode == 0, output
-        assert "passed" in output
+    run_ranks("distributed_optimizers.py", case, world, folder, world=world)
 
 
 @without_distributed

@@ -21,7 +21,6 @@ from fastllm import cli, data
 from fastllm.models import GPT, GPTConfig
 from fastllm.trainer import TrainConfig, Trainer, check_memory, checkpoint, saved_config
 from fastllm.trainer.log import MetricsLog, read_metrics
-from fastllm.trainer.memory import count_parameters
 
 
 def small_trainer(out: Path, width: int = 16) -> Trainer:
@@ -301,7 +300,7 @@ def test_memory_is_estimated_from_below():
         GPTConfig.llama(vocab_size=50, context=16, layers=3, heads=4, kv_heads=2, width=32, qk_norm=True),
         GPTConfig.gpt2(vocab_size=50, context=16, layers=1, heads=2, width=32, bias=False, hidden=7),
     ):
-        assert count_parameters(config) == GPT(config).num_parameters()
+        assert config.num_parameters() == GPT(config).num_parameters()
         check_memory(config, torch.device("cpu"), batch_size=4, accumulate=4)
     for large in ({"layers": 10**9}, {"width": 10**9}, {"vocab_size": 10**12}, {"context": 10**12}):
         config = GPTConfig.llama(**{"vocab_size": 50, "context": 16, "layers": 1, "heads": 1, "width": 2, **large})

@@ -10,7 +10,7 @@ import torch
 
 from fastllm.models import GPT, Bert, BertConfig, GPTConfig, Transformer, TransformerConfig
 from fastllm.trainer.flops import peak_flops
-from fastllm.trainer.memory import check_memory, count_parameters, memory_by_part
+from fastllm.trainer.memory import check_memory, memory_by_part
 
 SMALL = {"vocab_size": 61, "context": 24, "layers": 3, "heads": 4, "width": 32}
 GATED = {"mlp": "swiglu", "norm": "rms_norm", "bias": False, "position": "rotary"}
@@ -48,12 +48,12 @@ def build(config):
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: type(config).__name__)
 def test_parameters_are_those_of_the_model(config):
-    assert count_parameters(config) == build(config).num_parameters()
+    assert config.num_parameters() == build(config).num_parameters()
 
 
 def test_deep_models_take_no_longer():
     started = time.perf_counter()
-    one, deep = (count_parameters(GPTConfig(**{**SMALL, "layers": layers})) for layers in (1, 10**6 + 1))
+    one, deep = (GPTConfig(**{**SMALL, "layers": layers}).num_parameters() for layers in (1, 10**6 + 1))
     assert deep - one == 10**6 * sum(p.numel() for p in GPT(GPTConfig(**SMALL)).blocks[0].parameters())
     assert time.perf_counter() - started < 1
 

@@ -82,9 +82,8 @@ class _Rows:
         if self._last is None or self._last[0] != (begin, size):
             rows, _ = shuffled(range(begin, begin + batches * size), total, self.seed)
             self._last = (begin, size), rows[numpy.argsort(self.lengths[rows], kind="stable")]
-        place = int(
-            permuted(numpy.array(place), batches, (self.seed, epoch, number))
-        )  # short rows come not always first
+        # So that short rows do not always come first.
+        place = int(permuted([place], batches, (self.seed, epoch, number))[0])
         return self._last[1][place * size : (place + 1) * size]
 
 

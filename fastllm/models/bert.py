@@ -301,18 +301,18 @@ class Bert(Model):
             next_logits_B2 = self.next_head(self._pooled(x, layout))
             if masked is None:
                 return found, next_logits_B2
-            loss = self._loss(next_logits_B2, follows, "mean")
+            loss = self.loss(next_logits_B2, follows, "mean")
             return found + (loss if reduction == "mean" else loss * (masked != IGNORE).sum())
         if self.head is None:
             return layout.unpack(x)
         if head == "classification":
             logits = self.head(self.head_dropout(self._pooled(x, layout)))
-            return logits if targets is None else self._loss(logits, targets, reduction)
+            return logits if targets is None else self.loss(logits, targets, reduction)
         logits = self.head(x if head == "span" else self.head_dropout(x))
         if head == "tokens":
             if targets is None:
                 return layout.unpack(logits)
-            return self._loss(logits, _packed_targets(targets, layout), reduction)
+            return self.loss(logits, _packed_targets(targets, layout), reduction)
         return self._span(logits, layout, targets, reduction)
 
     def _check_targets(self, tokens_BT: Tensor, targets: Any) -> None:
@@ -347,7 +347,8 @@ class Bert(Model):
             return self.pooler(x[:, 0])
         return self.pooler(x[0].index_select(0, layout.cu_seqlens[:-1].long()))
 
-    def _loss(self, logits: Tensor, targets: Any, reduction: str) -> Tensor:
+    def loss(self, logits: Tensor, targets: Any, reduction: str) -> Tensor:
+        """The loss of a classifier's logits, as `forward` gives it where it is given the targets."""
         check_reduction(self.config, reduction)
         return ops_of(self.config).cross_entropy(
             logits.flatten(0, -2),

@@ -2,10 +2,11 @@
 
 from fastllm.trainer.checkpoint import saved_config
 from fastllm.trainer.config import DataConfig, RunConfig, TrainConfig
+from fastllm.trainer.distributed import resolve_device
 from fastllm.trainer.evaluation import Evaluation, evaluate
 from fastllm.trainer.memory import check_memory
 from fastllm.trainer.optimizers import make_optimizer
-from fastllm.trainer.trainer import Trainer, resolve_device
+from fastllm.trainer.trainer import Trainer
 
 __all__ = [
     "DataConfig",

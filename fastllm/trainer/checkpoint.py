@@ -101,10 +101,10 @@ def weights_of(model: torch.nn.Module) -> dict[str, Tensor]:
     seen: set[Any] = set()
     found = {}
     for name, tensor in model.state_dict().items():
-        place = (tensor.data_ptr(), tensor.shape, tensor.stride()) if type(tensor) is Tensor else name
-        if place not in seen or not tensor.numel():
+        memory = (tensor.data_ptr(), tensor.shape, tensor.stride()) if type(tensor) is Tensor else name
+        if memory not in seen or not tensor.numel():
             found[name] = tensor
-        seen.add(place)
+        seen.add(memory)
     return found
 
 

@@ -18,10 +18,10 @@ from fastllm.data import token_file
 from fastllm.models import GPT
 from fastllm.trainer import checkpoint, tasks
 from fastllm.trainer.config import DataConfig, RunConfig, TrainConfig, from_mapping, nearest
-from fastllm.trainer.distributed import Ranks, local_device
+from fastllm.trainer.distributed import Ranks, local_device, resolve_device
 from fastllm.trainer.evaluation import evaluate
 from fastllm.trainer.memory import memory_by_part
-from fastllm.trainer.trainer import Trainer, resolve_device
+from fastllm.trainer.trainer import Trainer
 
 # Flags are None unless given: a resumed run keeps what its checkpoint says.
 MODEL_FLAGS: dict[str, tuple[Any, str]] = {
@@ -268,7 +268,7 @@ def _train(args: argparse.Namespace, given: RunConfig, ranks: Ranks) -> int:
         tokens = train_config.batch_size * ranks.size * shape.context
         say(f"a step of {train_config.batch_tokens:,} tokens: {trainer.accumulate} x {tokens:,}")
     if resumed is not None:
-        trainer.load(resumed)
+        trainer.load(resumed, verified=True)  # by the rank that chose it
         if (why := trainer.finished) is not None:
             say(f"{resumed} is finished: {why} would go on")
             return 0

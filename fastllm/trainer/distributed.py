@@ -71,6 +71,31 @@ class Ranks:
             dist.destroy_process_group()
 
 
+def resolve_device(name: str) -> torch.device:
+    """The device of that name; "auto" is "cuda" where there is one, else "cpu".
+
+    Raises:
+        ValueError: for a name that torch does not know, a device that fastllm does not run on, and a GPU that is not
+            there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"unknown device {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {name!r}: fastllm trains on cpu and cuda")
+    count = 1
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"device {name!r}: torch {torch.__version__} sees no GPU")
+        count = torch.cuda.device_count()
+    if (device.index or 0) >= count:
+        raise ValueError(f"device {name!r}: there is only {device.type}:0" + (f" to {count - 1}" if count > 1 else ""))
+    return device
+
+
 def local_device(device: torch.device) -> torch.device:
     """This rank's GPU, where it is `cuda` without a number and `torchrun` gave the rank one.
 

@@ -82,6 +82,7 @@ def evaluate(
     if max_batches:
         batches = min(batches, max_batches)
     config: Any = model.config
+    classifier: Any = model
     classifies = getattr(config, "head", None) == "classification"
     confusion = torch.zeros(config.labels, config.labels, dtype=torch.int64) if classifies else None
     total, count = 0.0, 0
@@ -93,13 +94,16 @@ def evaluate(
             options = model.prepare(inputs, targets, **(more[0] if more else {}))
             moved = to_device((inputs, targets, options), device)
             with autocast(device, precision):
-                loss = model(moved[0], moved[1], reduction="sum", **moved[2])
-                logits = model(moved[0], **moved[2]) if classifies else None
+                if classifies:
+                    logits = classifier(moved[0], **moved[2])
+                    loss = classifier.loss(logits, moved[1], "sum")
+                else:
+                    loss = model(moved[0], moved[1], reduction="sum", **moved[2])
             if index >= batches:
                 continue
             total += loss.item()
             count += model.count(targets)
-            if confusion is not None and logits is not None:
+            if confusion is not None:
                 pairs = targets * len(confusion) + logits.argmax(-1).cpu()
                 confusion += torch.bincount(pairs, minlength=confusion.numel()).view_as(confusion)
     total, count_ = ranks.sums(total, count)

@@ -16,11 +16,6 @@ _PRECISIONS = ("float32", "bfloat16", "pure_bfloat16")
 _MASTERS = {None: 0, "remainder": 2, "float32": 4}
 
 
-def count_parameters(config: ModelConfig) -> int:
-    """How many parameters a model of this shape has; builds nothing."""
-    return config.num_parameters()
-
-
 def memory_by_part(
     config: ModelConfig,
     *,

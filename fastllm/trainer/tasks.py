@@ -13,7 +13,7 @@ import torch
 
 from fastllm import data
 from fastllm.data import examples, order, preprocess, sources, token_file
-from fastllm.models import GPT, Bert, BertConfig, GPTConfig, Transformer, TransformerConfig, mask_tokens
+from fastllm.models import GPTConfig, mask_tokens
 from fastllm.models.layers import Model
 from fastllm.trainer import checkpoint
 from fastllm.trainer.config import DataConfig, RunConfig, TrainConfig, typed
@@ -29,12 +29,15 @@ PAD, CLS, SEP, MASK = "[PAD]", "[CLS]", "[SEP]", "[MASK]"
 ROWS = {"classification": "labelled", "seq2seq": "pair", "question_answering": "qa"}
 """By objective: the kind of rows that it reads; the others read text."""
 
-_KINDS: dict[str, tuple[Any, Any]] = {
-    "causal_lm": (GPT, GPTConfig),
-    "masked_lm": (Bert, BertConfig),
-    "classification": (Bert, BertConfig),
-    "seq2seq": (Transformer, TransformerConfig),
-    "question_answering": (GPT, GPTConfig),
+_KINDS = {
+    objective: checkpoint.ARCHITECTURES[name]
+    for objective, name in (
+        ("causal_lm", "GPT"),
+        ("masked_lm", "Bert"),
+        ("classification", "Bert"),
+        ("seq2seq", "Transformer"),
+        ("question_answering", "GPT"),
+    )
 }
 _SPECIAL = {
     "causal_lm": (),
@@ -216,6 +219,33 @@ def _check_length(what: str, tokens: int, context: int, option: str) -> None:
         )
 
 
+def _document_token(
+    source: DataConfig, resumed: Path | None, tokenizer: Tokenizer | None, several: bool, end: int | None
+) -> int | None:
+    """The token by which attention is kept inside a document, if it is: `end` if there are several documents, or the
+    flag asks for it; the checkpoint's where a run goes on.
+
+    Raises:
+        ValueError: for a flag that does not fit, and documents without such a token.
+    """
+    if resumed is not None and tokenizer is not None:
+        saved = checkpoint.load_config(resumed)
+        check_tokenizer(resumed, tokenizer, checkpoint.model_config(saved))
+        had = saved["model"].get("document_token") is not None
+        if source.document_mask is not None and source.document_mask != had and (had or several):
+            flag = "--document-mask" if source.document_mask else "--no-document-mask"
+            how = "with" if had else "without"
+            raise ValueError(f"{flag} cannot be given with --resume: {resumed} is one {how}")
+        return saved["model"].get("document_token")
+    masks = several if source.document_mask is None else source.document_mask
+    if masks and end is None:
+        raise ValueError(
+            f"{source.tokenizer or 'this data'} has no special token {data.END_OF_TEXT}, by which documents are "
+            "told apart: add it, or give --no-document-mask, which takes it for text like any other"
+        )
+    return end if masks else None
+
+
 def _language(config: RunConfig, device: torch.device, resumed: Path | None, start: Any) -> Task:
     """Windows of text, whose next token, or masked tokens, are to be found."""
     source = config.data
@@ -232,24 +262,7 @@ def _language(config: RunConfig, device: torch.device, resumed: Path | None, sta
         tokenizer = _tokenizer(source, source.objective, [text], resumed, start)
         tokens, held_out = data.encode(tokenizer, text), data.encode(tokenizer, validation)
         end = data.document_token(tokenizer)
-    if resumed is not None and tokenizer is not None:
-        saved = checkpoint.load_config(resumed)
-        check_tokenizer(resumed, tokenizer, checkpoint.model_config(saved))
-        had = saved["model"].get("document_token") is not None
-        if source.document_mask is not None and source.document_mask != had and (had or several):
-            flag = "--document-mask" if source.document_mask else "--no-document-mask"
-            how = "with" if had else "without"
-            raise ValueError(f"{flag} cannot be given with --resume: {resumed} is one {how}")
-        document_token = saved["model"].get("document_token")
-    else:
-        document_token = end
-        if document_token is None and (source.document_mask or (several and source.document_mask is None)):
-            raise ValueError(
-                f"{source.tokenizer or 'this data'} has no special token {data.END_OF_TEXT}, by which documents are "
-                "told apart: add it, or give --no-document-mask, which takes it for text like any other"
-            )
-        if source.document_mask is False or (not several and source.document_mask is None):
-            document_token = None
+    document_token = _document_token(source, resumed, tokenizer, several, end)
     begun, size = start[0].config if start else None, {}
     if tokenizer is None and "vocab_size" not in config.model and begun is None:
         if source.vocab_size is None:

@@ -25,7 +25,7 @@ from fastllm.models.layout import to_device
 from fastllm.trainer import checkpoint
 from fastllm.trainer._files import reading, writing
 from fastllm.trainer.config import TrainConfig
-from fastllm.trainer.distributed import Ranks, local_device, shard
+from fastllm.trainer.distributed import Ranks, local_device, resolve_device, shard
 from fastllm.trainer.ema import EMA
 from fastllm.trainer.evaluation import autocast, evaluate
 from fastllm.trainer.faults import first_fault
@@ -64,31 +64,6 @@ class _Pending(NamedTuple):
     wait: float  # seconds that the step waited for its data
     numbers: Tensor  # loss, gradient norm, bad, skipped
     arrived: Any  # an event, or None
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device of that name; "auto" is "cuda" where there is one, else "cpu".
-
-    Raises:
-        ValueError: for a name that torch does not know, a device that fastllm does not run on, and a GPU that is not
-            there.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"unknown device {name!r}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device {name!r}: fastllm trains on cpu and cuda")
-    count = 1
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError(f"device {name!r}: torch {torch.__version__} sees no GPU")
-        count = torch.cuda.device_count()
-    if (device.index or 0) >= count:
-        raise ValueError(f"device {name!r}: there is only {device.type}:0" + (f" to {count - 1}" if count > 1 else ""))
-    return device
 
 
 class Trainer:
@@ -387,10 +362,9 @@ class Trainer:
             ValueError: for samples that do not fit into the model's context, or lack a tokenizer.
         """
         config = self.config
-        found = [path for path in checkpoint.list_checkpoints(self.out) if checkpoint.step_of(path) > self.step]
-        if found or (self.step == 0 and checkpoint.list_checkpoints(self.out)):
-            newest = checkpoint.list_checkpoints(self.out)[-1]
-            raise FileExistsError(f"{newest} is there already: resume it, or choose another directory")
+        there = checkpoint.list_checkpoints(self.out)
+        if there and (self.step == 0 or checkpoint.step_of(there[-1]) > self.step):
+            raise FileExistsError(f"{there[-1]} is there already: resume it, or choose another directory")
         require("safetensors.torch", "train")  # now, not when the first checkpoint is due
         self.stopped = None
         with contextlib.ExitStack() as stack:
@@ -453,7 +427,9 @@ class Trainer:
                 config.eval_every > 0 and self._due(config.eval_every, ends),
                 self._due(config.checkpoint_every, ends),
             ]
-            rows = self._read(0 if any(due) or self._due(config.sample_every) else self.lag)
+            samples = self._due(config.sample_every)
+            pauses = samples or any(due)
+            rows = self._read(0 if pauses else self.lag)
             now = time.perf_counter()
             self._validated = None
             for step, metrics in rows:
@@ -480,11 +456,11 @@ class Trainer:
             bar.update()
             if stop:
                 self.stopped = requests[0] if requests else "another rank"
-            if self._due(config.sample_every) and not stop:
+            if samples and not stop:
                 self._write_sample()
             if due[1] or self.stopped or (config.patience and self._validated is not None and self._waited == 0):
                 self._save()
-            ended = time.perf_counter() if any(due) or self._due(config.sample_every) else now
+            ended = time.perf_counter() if pauses else now
 
     def _due(self, every: int, last: bool = False) -> bool:
         return last or (every > 0 and self.step % every == 0)
@@ -571,8 +547,12 @@ class Trainer:
         if self.ranks.first:
             self._writer.save(self.out, self.step, tensors, state, config, self.tokenizer, self.config.keep)
 
-    def load(self, path: str | Path) -> None:
+    def load(self, path: str | Path, *, verified: bool = False) -> None:
         """Takes up the run whose checkpoint is at `path`, or the newest one in it, written by any number of ranks.
+
+        Args:
+            path: of a checkpoint, or of a directory with some.
+            verified: whether the checkpoint has been compared with its checksums already, which takes a while.
 
         Raises:
             FileNotFoundError: where there is none.
@@ -580,7 +560,8 @@ class Trainer:
             ValueError: where it is damaged, another model's, or was trained on other tokens.
         """
         path = checkpoint.find_checkpoint(path)
-        checkpoint.verify(path)
+        if not verified:
+            checkpoint.verify(path)
         state = checkpoint.load_state(path)
         if state.get("data") != self._data_digest:
             raise ValueError(f"{path} was trained on other tokens than those given, so it cannot be resumed with them")
@@ -598,8 +579,9 @@ class Trainer:
             if self.ema is not None:
                 if updates is None:
                     raise ValueError("the run keeps no average of its weights: give ema=0")
+                known = self.ema.tensors()  # the file has the buffers, too
                 averages = {f"ema.{name}": x for name, x in checkpoint.load_tensors(path, "ema").items()}
-                averages = {name: x for name, x in averages.items() if name in self.ema.tensors()}
+                averages = {name: x for name, x in averages.items() if name in known}
                 self.ema.load({**averages, "ema.updates": updates})
             self._best = math.inf if state["best"] is None else float(state["best"])
             self._waited, self._validated = int(state["waited"]), state["validation_loss"]
